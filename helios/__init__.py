@@ -1,0 +1,38 @@
+"""Helios: a PyTorch trainer whose runs can be stopped at any time and end the same."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from helios._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from helios.callbacks.base import Callback as Callback
+    from helios.data.datamodule import DataModule as DataModule
+    from helios.data.loader import DataLoaderParams as DataLoaderParams
+    from helios.errors import HeliosError as HeliosError
+    from helios.model.model import BatchPhase as BatchPhase
+    from helios.model.model import Model as Model
+    from helios.session import Session as Session
+    from helios.state import TrainingState as TrainingState
+    from helios.state import TrainingUnit as TrainingUnit
+    from helios.trainer import Trainer as Trainer
+
+_HOMES = {
+    "helios.callbacks.base": ["Callback"],
+    "helios.data.datamodule": ["DataModule"],
+    "helios.data.loader": ["DataLoaderParams"],
+    "helios.errors": ["HeliosError"],
+    "helios.model.model": ["BatchPhase", "Model"],
+    "helios.session": ["Session"],
+    "helios.state": ["TrainingState", "TrainingUnit"],
+    "helios.trainer": ["Trainer"],
+}
+__all__ = [name for names in _HOMES.values() for name in names]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    # Names are imported when they are used: `helios --help` must not wait for torch.
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(home), name)
+    raise AttributeError(f"module 'helios' has no attribute {name!r}")

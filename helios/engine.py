@@ -1,0 +1,299 @@
+"""The engine: the one module that calls Accelerate.
+
+Accelerate places, wraps, scales, gathers and synchronises. Two things are arranged so
+that a step costs no more than a torch loop: the wrapper of an optimizer or a scheduler
+is used only where it does something (a gradient scaler, an accumulation window, an
+engine of its own), and batches are placed by the loop, not by a prepared loader, which
+would fetch one batch ahead of the cursor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.scheduler import AcceleratedScheduler
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    gather_object,
+    send_to_device,
+)
+from torch import nn
+
+from helios.errors import LaunchError
+
+__all__ = ["Engine", "inner_optimizer", "is_scheduler", "torch_flags"]
+
+#: Where a torch optimizer does its own work, unless there is a scaler.
+_PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
+
+
+class Engine:
+    """Placement, precision, accumulation and agreement, by Accelerate.
+
+    Args:
+        accelerator: an existing one, which the other arguments must not contradict.
+        use_cpu: train on the CPU.
+        device_index: the GPU to use in a single process.
+        mixed_precision: as Accelerate has it; None: as the launcher says.
+        accumulation_steps: batches a step; None: as the launcher says.
+        log_with, project_dir: trackers of Accelerate, and where they write.
+
+    Raises:
+        ValueError: arguments that contradict ``accelerator``.
+        LaunchError: the environment asks for several ranks, and Accelerate sees one.
+    """
+
+    _own: ClassVar[Accelerator | None] = None
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator | None = None,
+        use_cpu: bool | None = None,
+        device_index: int | None = None,
+        mixed_precision: str | None = None,
+        accumulation_steps: int | None = None,
+        log_with: Any = None,
+        project_dir: str | None = None,
+    ) -> None:
+        if accelerator is None:
+            self._forget_own()
+            steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+            if device_index is not None:
+                torch.cuda.set_device(device_index)
+            accelerator = Engine._own = Accelerator(
+                cpu=bool(use_cpu),
+                mixed_precision=mixed_precision,
+                log_with=log_with,
+                project_dir=project_dir,
+                gradient_accumulation_plugin=GradientAccumulationPlugin(
+                    num_steps=accumulation_steps or int(steps),
+                    sync_with_dataloader=False,
+                ),
+            )
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.rank: int = accelerator.process_index
+        self.local_rank: int = accelerator.local_process_index
+        self.world_size: int = accelerator.num_processes
+        self.is_main: bool = accelerator.is_main_process
+        self.mixed_precision: str = accelerator.mixed_precision
+        self.accumulation_steps: int = accelerator.gradient_accumulation_steps
+        for name, asked in (
+            ("mixed_precision", mixed_precision),
+            ("accumulation_steps", accumulation_steps),
+        ):
+            if asked not in (None, have := getattr(self, name)):
+                raise ValueError(
+                    f"`{name}` is {asked!r}, and `accelerator` was built with {have!r}; "
+                    "leave one of them out"
+                )
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks > 1 and self.world_size == 1:
+            raise LaunchError(
+                f"the environment asks for {ranks} ranks (WORLD_SIZE), and Accelerate "
+                "sees one, so each would train alone; on CPUs pass `use_cpu=True` "
+                "under torchrun, or start with `accelerate launch`"
+            )
+        if self.mixed_precision == "fp16" and self.device.type == "cpu":
+            # Accelerate takes fp16 on the CPU and trains in fp32. torch can do it.
+            accelerator.native_amp = True
+            accelerator.scaler = torch.amp.GradScaler("cpu")
+        self.scaler: Any = accelerator.scaler
+        self._is_plain = accelerator.distributed_type in map(DistributedType, _PLAIN)
+        self._is_bare = (
+            self._is_plain and self.scaler is None and self.accumulation_steps == 1
+        )
+        self._networks: list[nn.Module] = []
+        # Chosen here, once: on the CPU there is nothing to place, and without scaling
+        # Accelerate's backward only divides by one.
+        self.place: Callable[[Any], Any] = self._place
+        if self.device.type == "cpu":
+            self.place = lambda batch: batch
+        self.backward: Callable[..., None] = accelerator.backward
+        if self._is_bare:
+            self.backward = torch.Tensor.backward
+
+    @classmethod
+    def _forget_own(cls) -> None:
+        """Let a second run in this process have another precision or device.
+
+        Accelerate keeps its settings in process-wide singletons. They are reset only
+        where an engine made them; what a user's Accelerator made stays.
+        """
+        if cls._own is not None and AcceleratorState._shared_state:
+            is_alone = not torch.distributed.is_initialized()
+            AcceleratorState._reset_state(reset_partial_state=is_alone)
+            GradientState._reset_state()
+        cls._own = None
+
+    def summary(self) -> str:
+        """What runs where, in a few words."""
+        return f"{self.device}, ranks: {self.world_size}, {self.mixed_precision} amp"
+
+    def prepare(
+        self,
+        networks: Iterable[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Iterable[Any],
+    ) -> dict[int, Any]:
+        """Place and wrap what a model holds; every rank must call.
+
+        Networks without a trainable parameter are placed, not wrapped; those that the
+        user wrapped are left alone. A scheduler advances once a step, whatever the
+        number of ranks.
+
+        Returns:
+            What to put in the place of each object, by the object's ``id``.
+        """
+        out: dict[int, Any] = {}
+        subjects: list[Any] = []
+        for net in networks:
+            parameters = list(net.parameters())
+            if isinstance(net, nn.parallel.DistributedDataParallel):
+                out[id(net)] = net
+            elif any(p.requires_grad for p in parameters):
+                subjects.append(net)
+            else:
+                out[id(net)] = net.to(self.device)
+                if parameters:  # a frozen network; a loss is only placed
+                    out[id(net)] = self.accelerator.prepare_model(
+                        net, evaluation_mode=True
+                    )
+        if not self._is_bare:
+            subjects += optimizers
+        for subject, done in zip(subjects, self._prepare(subjects), strict=True):
+            out[id(subject)] = done
+        self._networks = [
+            value for value in out.values() if isinstance(value, nn.Module)
+        ]
+        for scheduler in () if self._is_bare else schedulers:
+            inner = getattr(scheduler, "optimizer", None)
+            drivers = [o for o in optimizers if o is inner] or optimizers
+            out[id(scheduler)] = AcceleratedScheduler(
+                scheduler, [out[id(o)] for o in drivers], split_batches=True
+            )
+        return out
+
+    def _prepare(self, subjects: list[Any]) -> Sequence[Any]:
+        if len(subjects) > 1:
+            return self.accelerator.prepare(*subjects)  # type: ignore[no-any-return]
+        return [self.accelerator.prepare(subject) for subject in subjects]
+
+    def _place(self, batch: Any) -> Any:
+        return send_to_device(batch, self.device, non_blocking=True)
+
+    @contextlib.contextmanager
+    def batch(self, *, is_step: bool) -> Iterator[None]:
+        """The context of one batch of an accumulation window, and whether it ends it."""
+        self.accelerator.sync_gradients = is_step
+        with contextlib.ExitStack() as stack:
+            if not is_step and self.world_size > 1:
+                for net in self._networks:
+                    stack.enter_context(self.accelerator.no_sync(net))
+            yield
+
+    def clip_gradients(
+        self,
+        parameters: Iterable[nn.Parameter],
+        optimizer: torch.optim.Optimizer | None,
+        max_norm: float,
+        norm_type: float = 2.0,
+    ) -> torch.Tensor | None:
+        """Clip to a total norm, in unscaled units; None inside a window.
+
+        Only the named optimizer's gradients are unscaled: Accelerate would unscale
+        those of all, also where they have none.
+        """
+        if not self.accelerator.sync_gradients:
+            return None
+        if self.scaler is not None and self._is_plain and optimizer is not None:
+            self.accelerator.unscale_gradients(optimizer)
+            return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+        return self.accelerator.clip_grad_norm_(  # type: ignore[no-any-return]
+            parameters, max_norm, norm_type
+        )
+
+    def unwrap(self, module: nn.Module) -> nn.Module:
+        """The user's module."""
+        return self.accelerator.unwrap_model(module)  # type: ignore[no-any-return]
+
+    def reduce_mean(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The mean over the ranks, by name; every rank must call."""
+        if self.world_size == 1:
+            return values
+        tensors = {
+            name: torch.as_tensor(value, device=self.device).detach().float()
+            for name, value in values.items()
+        }
+        return dict(self.accelerator.reduce(tensors, reduction="mean"))
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says yes; every rank must call."""
+        if self.world_size == 1:
+            return flag
+        vote = torch.tensor(int(flag), device=self.device)
+        return int(self.accelerator.reduce(vote, reduction="sum").item()) > 0
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """One picklable value of every rank, in rank order; every rank must call."""
+        return [value] if self.world_size == 1 else list(gather_object([value]))
+
+    def barrier(self) -> None:
+        """Wait for all ranks; every rank must call."""
+        self.accelerator.wait_for_everyone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The gradient scaler's state, if there is one."""
+        return {} if self.scaler is None else self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put :meth:`state_dict` back."""
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state)
+
+    def close(self) -> None:
+        """Finish the trackers, and leave no window open.
+
+        Not by ``end_training``, which also takes the process group down: the same
+        ranks may go on to test.
+        """
+        self.accelerator.sync_gradients = True
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The torch optimizer below Accelerate's wrapper."""
+    is_wrapper = isinstance(optimizer, AcceleratedOptimizer)
+    return inner_optimizer(optimizer.optimizer) if is_wrapper else optimizer
+
+
+def is_scheduler(value: object) -> bool:
+    """Whether it is a scheduler of torch's kind, wrapped or not."""
+    torch_kind = torch.optim.lr_scheduler.LRScheduler
+    return isinstance(value, torch_kind | AcceleratedScheduler)
+
+
+@contextlib.contextmanager
+def torch_flags(benchmark: bool, deterministic: bool) -> Iterator[None]:
+    """Set torch's switches for one run."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = benchmark
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before[0]
+        torch.use_deterministic_algorithms(before[1])

@@ -1,0 +1,42 @@
+"""TensorBoard: one run folder, continued where a checkpoint left it."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+__all__ = ["NullWriter", "get_tensorboard_writer", "open_writer"]
+
+
+class NullWriter:
+    """Takes every call of a ``SummaryWriter`` and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+_current: Any = NullWriter()
+
+
+def get_tensorboard_writer() -> Any:
+    """The ``SummaryWriter`` of the run in progress; outside of one, a null object."""
+    return _current
+
+
+def open_writer(folder: pathlib.Path | None, step: int = 0) -> Any:
+    """Make the current writer; the null one for ``None``.
+
+    Args:
+        folder: of the run's events.
+        step: the last step that stands: what an earlier process wrote of later steps,
+            after its last checkpoint, is hidden by TensorBoard.
+    """
+    global _current
+    if folder is None:
+        _current = NullWriter()
+    else:
+        # Imported here: it takes longer than the rest of Helios together.
+        from torch.utils.tensorboard import SummaryWriter
+
+        _current = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+    return _current

@@ -1,0 +1,279 @@
+"""The loops: training, as a generator of boundaries and its consumer; evaluation.
+
+The order of everything in a run::
+
+    on_training_start
+    for each epoch:
+        on_training_epoch_start
+        for each batch:
+            on_training_batch_start, train_step, on_training_batch_end   BATCH or STEP
+        on_training_epoch_end                                            EPOCH
+    on_training_end
+
+and at each boundary: validate, decide on an early stop, save, stop. Callbacks run after
+the model's hook of the same name. A resumed run joins at the boundary that was saved;
+``on_training_start``, and inside an epoch ``on_training_epoch_start``, run again, and
+whatever they change in the saved state is put back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from helios.callbacks.base import Callback, overridden
+from helios.data.datamodule import DataModule
+from helios.errors import DataError
+from helios.model.model import BatchPhase, Model
+from helios.session import Session
+from helios.state import Boundary
+
+__all__ = ["Run", "evaluate"]
+
+
+class Run:
+    """A training run: :meth:`fit` consumes what :meth:`_boundaries` yields.
+
+    The model is set up and prepared, the DataModule set up, and the session restored,
+    if there was a checkpoint (``was_resumed``).
+    """
+
+    def __init__(
+        self, session: Session, model: Model, datamodule: DataModule, was_resumed: bool
+    ) -> None:
+        self.session, self.model, self.datamodule = session, model, datamodule
+        self.schedule, self.state = session.schedule, session.state
+        self._was_resumed = was_resumed
+        for _ in range(self.state.dataset_phase):
+            datamodule.advance_train_phase()
+        self._open_train_loader()
+        self._valid = (datamodule.valid_dataloader() or (None,))[0]
+        session.valid_batches = self._valid and self._valid.batches_per_epoch
+        self._prepare_batch = _batch_preparer(session, model, BatchPhase.TRAIN)
+        self._batch_hooks = self._hooks(Callback.on_training_batch_end)
+        # What nobody overrides is not asked at every batch.
+        base = Model.should_training_stop
+        self._asks_to_stop = type(model).should_training_stop is not base
+        self._logged_at = (self.state.current_iteration, time.perf_counter())
+
+    def fit(self) -> bool:
+        """Train to the end of the schedule, or until something asks to stop.
+
+        Returns:
+            Whether the schedule was finished.
+        """
+        session, model, frequency = (
+            self.session,
+            self.model,
+            self.schedule.chkpt_frequency,
+        )
+        model.train()
+        model.on_training_start()
+        self._call(Callback.on_training_start)
+        for boundary in self._boundaries():
+            if not self._validate(boundary):
+                session.save(boundary, settled=False)
+                return False
+            if self.schedule.is_due(frequency, boundary, self.state):
+                if model.should_save_checkpoint():
+                    session.save(boundary)
+            if session.engine.agree(self._wants_stop(boundary)):
+                session.save(boundary)
+                return False
+        session.put_back()
+        session.keep(None)
+        session.save(Boundary.STEP)
+        model.on_training_end()
+        self._call(Callback.on_training_end)
+        return True
+
+    def _boundaries(self) -> Iterator[Boundary]:
+        """Train, and yield after each batch and each epoch; first where it joins."""
+        session, model, state = self.session, self.model, self.state
+        first = session.unsettled or Boundary.START
+        is_inside = state.dataset_iter > 0
+        if not is_inside:
+            session.put_back()
+            yield first
+        while not self._is_over():
+            epoch = state.global_epoch
+            session.keep(None)
+            model.on_training_epoch_start(epoch)
+            self._call(Callback.on_training_epoch_start)
+            session.keep("latest")
+            self._train.seek(epoch, state.dataset_iter)
+            batches = iter(self._train)
+            if is_inside:
+                is_inside = False
+                session.put_back()
+                yield first
+            for batch in batches:
+                yield self._step(batch)
+                if self._is_over():
+                    return
+            if state.dataset_iter == 0:
+                raise DataError(f"the training loader yielded nothing in epoch {epoch}")
+            state.global_epoch += 1
+            state.dataset_iter = 0
+            if self.schedule.print_frequency is None:
+                session.flush()
+            session.keep(None)
+            model.on_training_epoch_end(epoch)
+            self._call(Callback.on_training_epoch_end)
+            if model.should_advance_dataset_phase():
+                self._advance_phase()
+            yield Boundary.EPOCH
+
+    def _step(self, batch: Any) -> Boundary:
+        """Train on one batch. This is all that a batch costs beside ``train_step``."""
+        model, state = self.model, self.state
+        model.on_training_batch_start(state)
+        batch = self._prepare_batch(batch)
+        is_step, window = True, self.schedule.accumulation_steps
+        if window == 1:
+            model.train_step(batch, state)
+        else:
+            done = state.dataset_iter + 1
+            is_step = done % window == 0 or done == self._train_batches
+            with self.session.engine.batch(is_step=is_step):
+                model.train_step(batch, state)
+        state.global_iteration += 1
+        state.dataset_iter += 1
+        state.running_iter += 1
+        should_log = False
+        if is_step:
+            state.current_iteration += 1
+            should_log = self.schedule.is_log_point(state)
+        if should_log:
+            before, began = self._logged_at
+            self._logged_at = state.current_iteration, time.perf_counter()
+            elapsed_s = self._logged_at[1] - began
+            state.average_iter_time = elapsed_s / (state.current_iteration - before)
+        model.on_training_batch_end(state, should_log)
+        for hook in self._batch_hooks:
+            hook(self.session)
+        if should_log:
+            self.session.flush()
+        return Boundary.STEP if is_step else Boundary.BATCH
+
+    def _validate(self, boundary: Boundary) -> bool:
+        """Do the validation that is due, if any; False if a stop came in between."""
+        session, model, state = self.session, self.model, self.state
+        frequency = self.schedule.valid_frequency
+        if self._valid is None or not self.schedule.is_due(frequency, boundary, state):
+            return True
+        session.mark()
+        is_stopped = session.engine.agree(session.stop_reason is not None)
+        cycle = state.validation_cycles
+        if is_stopped or not evaluate(
+            session, model, self._valid, BatchPhase.VALID, cycle
+        ):
+            return False
+        session.unmark()
+        state.validation_cycles += 1
+        state.running_iter = 0
+        self._call(Callback.on_validation_end)
+        has_improved = model.have_metrics_improved()
+        state.early_stop_count = 0 if has_improved else state.early_stop_count + 1
+        model.train()
+        session.keep("latest")
+        return True
+
+    def _wants_stop(self, boundary: Boundary) -> bool:
+        is_asked = boundary is not Boundary.START or self._was_resumed
+        if self._asks_to_stop and is_asked and self.model.should_training_stop():
+            self.session.request_stop("the model asks to stop")
+        return self.session.stop_reason is not None
+
+    def _is_over(self) -> bool:
+        """Whether nothing is left to do: an epoch whose batches are done is ended."""
+        is_complete = 0 < self.state.dataset_iter == self._train_batches
+        return self.schedule.is_over(self.state) and not is_complete
+
+    def _open_train_loader(self) -> None:
+        found = self.datamodule.train_dataloader()
+        if found is None:
+            raise DataError(
+                "the DataModule has no training data; call `self._add_train_phase` in "
+                "its `setup`"
+            )
+        self._train = found[0]
+        self._train_batches = found[0].batches_per_epoch
+        self.session.batches_per_epoch = self._train_batches
+
+    def _advance_phase(self) -> None:
+        if self.datamodule.advance_train_phase():
+            self.state.dataset_phase += 1
+            self._open_train_loader()
+        else:
+            self.session.logger.warning("there is no further training phase")
+
+    def _hooks(self, hook: Callable[..., None]) -> list[Callable[..., None]]:
+        return overridden(self.session.callbacks, hook)
+
+    def _call(self, hook: Callable[..., None]) -> None:
+        for bound in self._hooks(hook):
+            bound(self.session)
+
+
+def _batch_preparer(
+    session: Session, model: Model, phase: BatchPhase
+) -> Callable[[Any], Any]:
+    """What brings a batch to the device, and no more than that."""
+    place = session.engine.place
+    if type(model).batch_to_device is Model.batch_to_device:
+        return place
+    return lambda batch: model.batch_to_device(place(batch), phase)
+
+
+def evaluate(
+    session: Session, model: Model, loader: Any, phase: BatchPhase, cycle: int = 0
+) -> bool:
+    """Run one validation, or one test, without gradients; every rank must call.
+
+    Returns:
+        False if a stop was asked for before the end.
+
+    Raises:
+        DataError: the loader yields nothing.
+    """
+    hooks: list[Callable[..., None]] = []
+    start, end = model.on_testing_start, model.on_testing_end
+    before, step, after = (
+        *(model.on_testing_batch_start, model.test_step),
+        model.on_testing_batch_end,
+    )
+    if phase is BatchPhase.VALID:
+        start = partial(model.on_validation_start, cycle)
+        before, step = model.on_validation_batch_start, model.valid_step
+        after = model.on_validation_batch_end
+        end = partial(model.on_validation_end, cycle)
+        hooks = overridden(session.callbacks, Callback.on_validation_batch_end)
+    prepare, number = _batch_preparer(session, model, phase), -1
+    session.keep(None)
+    model.eval()
+    start()
+    if phase is BatchPhase.VALID:
+        for hook in overridden(session.callbacks, Callback.on_validation_start):
+            hook(session)
+    loader.seek(cycle)
+    session.keep("means")
+    with torch.no_grad():
+        for number, batch in enumerate(loader):
+            before(number)
+            step(prepare(batch), number)
+            after(number)
+            for hook in hooks:
+                hook(session, number)
+            if session.engine.agree(session.stop_reason is not None):
+                return False
+    if number < 0:
+        raise DataError(f"the {phase.value} loader yielded nothing; lower `batch_size`")
+    session.flush()
+    session.keep(None)
+    end()
+    return True

@@ -1,0 +1,178 @@
+"""What a model holds: its networks, optimizers, schedulers and other state, by path.
+
+A path is the attribute's name, with keys and positions of containers behind a dot:
+``"net"``, ``"nets.0"``, ``"parts.head"``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from helios.engine import inner_optimizer, is_scheduler
+from helios.errors import ResumeError
+
+__all__ = ["Holdings", "find", "replace"]
+
+Unwrap: TypeAlias = Callable[[nn.Module], nn.Module]
+
+
+@dataclasses.dataclass
+class Holdings:
+    """What was found among a model's attributes, each by its path."""
+
+    networks: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    optimizers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    schedulers: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
+    others: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Every parameter that asks for a gradient, once, networks first."""
+        found = [p for net in self.networks.values() for p in net.parameters()]
+        found += self.parameters.values()
+        for optimizer in self.optimizers.values():
+            for group in inner_optimizer(optimizer).param_groups:
+                found += group["params"]
+        return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
+
+    def weights(self, unwrap: Unwrap) -> dict[str, dict[str, Any]]:
+        """The state of the networks that have any, under their own names."""
+        states = {k: unwrap(v).state_dict() for k, v in self.networks.items()}
+        return {k: v for k, v in states.items() if v}
+
+    def capture(self, unwrap: Unwrap) -> dict[str, Any]:
+        """The state of everything, as a tree of live tensors."""
+        return {
+            "networks": self.weights(unwrap),
+            "parameters": {k: v.detach() for k, v in self.parameters.items()},
+            "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
+            "schedulers": {k: v.state_dict() for k, v in self.schedulers.items()},
+            "others": {k: _capture(v) for k, v in self.others.items()},
+        }
+
+    def restore(
+        self, tree: Mapping[str, Any], unwrap: Unwrap, for_inference: bool = False
+    ) -> None:
+        """Put a captured state back; for inference the networks and parameters only.
+
+        Raises:
+            ResumeError: the model holds more or less than what was saved.
+        """
+        networks = {k: v for k, v in self.networks.items() if unwrap(v).state_dict()}
+        kinds = [networks, self.parameters]
+        if not for_inference:
+            kinds += [self.optimizers, self.schedulers, self.others]
+        for (kind, saved), have in zip(tree.items(), kinds, strict=False):
+            if set(saved) != set(have):
+                raise ResumeError(
+                    f"the model holds the {kind} {sorted(have)}, and the checkpoint "
+                    f"{sorted(saved)}; resume with the code that saved it, or start "
+                    'afresh with `resume="never"`'
+                )
+            for path, state in saved.items():
+                try:
+                    _restore(
+                        unwrap(have[path]) if have is networks else have[path], state
+                    )
+                except (RuntimeError, ValueError) as error:
+                    raise ResumeError(
+                        f"what was saved does not fit the model's `{path}`: {error}"
+                    ) from error
+
+
+def _capture(value: Any) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    return value.getstate() if isinstance(value, random.Random) else value.state_dict()
+
+
+def _restore(value: Any, state: Any) -> None:
+    if isinstance(value, nn.Parameter):
+        value.data.copy_(state)
+    elif isinstance(value, torch.Generator):
+        value.set_state(state)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = state
+    elif isinstance(value, random.Random):
+        value.setstate(state)
+    else:
+        value.load_state_dict(state)
+
+
+def _items(value: Any) -> list[tuple[Any, Any]] | None:
+    """The keys and members of a container; None for anything else."""
+    if isinstance(value, Mapping) or type(value) is nn.ModuleDict:
+        return list(value.items())
+    if isinstance(value, list | tuple) or type(value) is nn.ModuleList:
+        return list(enumerate(value))
+    return None
+
+
+def _walk(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    members = _items(value)
+    if members is None:
+        yield path, value
+    for key, member in members or ():
+        yield from _walk(member, f"{path}.{key}", seen)
+
+
+def find(attributes: Mapping[str, Any]) -> Holdings:
+    """Sort a model's attributes into what is prepared and saved.
+
+    An object that is there twice counts once; a module inside another one that was
+    found belongs to that one.
+    """
+    holdings, seen = Holdings(), set[int]()
+    kinds: list[tuple[Callable[[Any], bool], dict[str, Any]]] = [
+        (lambda v: isinstance(v, nn.Module), holdings.networks),
+        (lambda v: isinstance(v, torch.optim.Optimizer), holdings.optimizers),
+        (is_scheduler, holdings.schedulers),
+        (lambda v: isinstance(v, nn.Parameter), holdings.parameters),
+        (_has_state, holdings.others),
+    ]
+    for name, attribute in attributes.items():
+        for path, value in _walk(attribute, name, seen):
+            for is_kind, place in kinds:
+                if is_kind(value):
+                    place[path] = value
+                    break
+    nets = holdings.networks
+    inside = {id(m) for net in nets.values() for m in net.modules() if m is not net}
+    holdings.networks = {k: v for k, v in nets.items() if id(v) not in inside}
+    return holdings
+
+
+def _has_state(value: Any) -> bool:
+    if isinstance(value, torch.Generator | np.random.Generator | random.Random):
+        return True
+    names = ("state_dict", "load_state_dict")
+    return all(callable(getattr(value, name, None)) for name in names)
+
+
+def replace(value: Any, by: Mapping[int, Any]) -> Any:
+    """The same value with each member that ``by`` names (by ``id``) replaced.
+
+    Lists, dicts and module containers are changed in place; tuples are made anew.
+    """
+    if id(value) in by:
+        return by[id(value)]
+    changed = [(key, replace(member, by)) for key, member in _items(value) or ()]
+    if isinstance(value, tuple) and changed:
+        members = [member for _, member in changed]
+        return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+    for key, member in changed:
+        if member is not value[key]:
+            value[key] = member
+    return value

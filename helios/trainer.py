@@ -1,0 +1,352 @@
+"""The Trainer: configuration, checked when it is made, and turned into runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from helios import fingerprint, rng
+from helios.arguments import check_arguments
+from helios.callbacks.base import Callback, overridden
+from helios.callbacks.progress import ProgressBar
+from helios.checkpoint import CheckpointStore, read_checkpoint
+from helios.data.datamodule import DataModule
+from helios.engine import Engine, torch_flags
+from helios.errors import CheckpointError, DataError, LaunchError, ModelError
+from helios.loggers.tensorboard import open_writer
+from helios.loggers.text import get_root_logger, text_logging
+from helios.loop import Run, evaluate
+from helios.model.model import BatchPhase, Model
+from helios.registry import update_all_registries
+from helios.session import Session
+from helios.signals import stop_on_signals
+from helios.state import Schedule, TrainingUnit
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    PathLike = str | os.PathLike[str]
+
+__all__ = ["Trainer"]
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class Trainer:
+    """Trains, validates and tests a Model on the data of a DataModule.
+
+    Started again with the same arguments after a stop of any kind, a run with a
+    ``chkpt_root`` goes on from its last checkpoint and ends with the same bits.
+
+    ``None`` means "as the launcher says" where that says anything, else "off". Units
+    are epochs or steps (optimizer updates), as ``train_unit`` says.
+
+    Raises:
+        TypeError, ValueError: wrong arguments, naming them.
+    """
+
+    run_name: str = "run"  #: names the log file and the TensorBoard run
+    train_unit: str | TrainingUnit = "epoch"  #: or "iteration": steps
+    total_steps: float | None = None  #: units to train, or inf; `fit` needs it
+    valid_frequency: int | None = None  #: units between validations
+    chkpt_frequency: int | None = None  #: units; None: at the end and at a stop
+    print_frequency: int | None = None  #: steps between log points; None: each epoch
+    accumulation_steps: int | None = None  #: batches a step
+    enable_cudnn_benchmark: bool = False  #: faster kernels, not reproducible ones
+    enable_deterministic: bool = False  #: which exactness on GPUs needs
+    early_stop_cycles: int | None = None  #: validations without an improvement
+    use_cpu: bool | None = None  #: None: where there is no accelerator
+    gpus: Sequence[int] | None = None  #: the GPU to use, as a list of its index
+    random_seed: int | None = None  #: of everything; None: Helios's default seed
+    enable_tensorboard: bool = False  #: below `log_root`
+    enable_file_logging: bool = False  #: below `log_root`
+    capture_warnings: bool = True  #: log what goes through `warnings`
+    enable_progress_bar: bool = True  #: where standard error is a terminal
+    chkpt_root: PathLike | None = None  #: folder of the checkpoints
+    log_root: PathLike | None = None  #: folder of the logs
+    log_path: PathLike | None = None  #: older: folder of the log file
+    run_path: PathLike | None = None  #: older: folder of TensorBoard's runs
+    src_root: PathLike | None = None  #: imported, so that its modules register things
+    import_prefix: str = ""  #: the package that `src_root` is
+    print_banner: bool = True  #: log what runs where, at the start
+    accelerator: Accelerator | None = None  #: honoured in all that it was built with
+    mixed_precision: str | None = None  #: "no", "bf16", "fp16" or "fp8"
+    num_processes: int | None = None  #: that the launcher must have started
+    log_with: Any = None  #: trackers of Accelerate
+    callbacks: Sequence[Callback] = ()  #: called in this order, after the model's hooks
+    resume: PathLike = "auto"  #: or "never", "must", or the path of a checkpoint
+    keep_last: int | None = None  #: checkpoints that are kept; None: all
+    allow_inexact: bool = False  #: resume also where exactness is lost
+    async_save: bool = True  #: write checkpoints behind the training
+    train_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
+    test_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
+
+    def __post_init__(self) -> None:
+        check_arguments(self)
+        self._make_schedule(self.accumulation_steps or 1)
+        self.seed = rng.get_default_seed()
+        if self.random_seed is not None:
+            self.seed = self.random_seed
+        bars = [ProgressBar()] if self.enable_progress_bar else []
+        self._hooks: list[Callback] = [*bars, *self.callbacks]
+        self.engine: Engine | None = None
+        self.model: Model | None = None
+        self._datamodule: DataModule | None = None
+        self._fitted: Model | None = None
+        self._session: Session | None = None
+        if self.src_root is not None:
+            update_all_registries(self.src_root, import_prefix=self.import_prefix)
+
+    @property
+    def datamodule(self) -> DataModule:
+        """The data of the run in progress."""
+        assert self._datamodule is not None, "the trainer has no DataModule yet"
+        return self._datamodule
+
+    def request_stop(self, reason: str = "asked by the program") -> None:
+        """Ask the run in progress to save and stop at the next batch."""
+        if self._session is not None:
+            self._session.request_stop(reason)
+
+    def fit(self, model: Model, datamodule: DataModule) -> bool:
+        """Train; every rank must call.
+
+        Order: ``prepare_data`` (main rank), the DataModule's ``setup``, the model's
+        ``setup``, preparation by Accelerate, the checkpoint to resume from, then the
+        loop (see :mod:`helios.loop`). Afterwards ``model`` holds the trained weights.
+
+        Returns:
+            True: finished, or ended for want of improvement. False: stopped on
+            request, with a checkpoint; the same command goes on from there.
+
+        Raises:
+            HeliosError: the data, the model or the checkpoint cannot be used.
+            Exception: whatever the user's code raises, logged first.
+        """
+        if self.total_steps is None:
+            raise ValueError("`total_steps` is not set; pass it to the Trainer")
+        self._fitted = None
+        with self._running(model, datamodule, self.train_exceptions) as engine:
+            is_finished = self._fit(engine, model, datamodule)
+        self._fitted = model
+        return is_finished
+
+    def validate(self, model: Model, datamodule: DataModule) -> bool:
+        """Validate once; like :meth:`test`."""
+        return self._evaluate(model, datamodule, BatchPhase.VALID)
+
+    def test(self, model: Model, datamodule: DataModule) -> bool:
+        """Test; every rank must call.
+
+        The model that this trainer has just fitted is tested as it is. Any other is set
+        up for inference and takes the last whole checkpoint of its name; without one,
+        ``model.load_for_testing()`` is called.
+
+        Returns:
+            False if it was stopped on request.
+
+        Raises:
+            DataError: there are no data for it.
+        """
+        return self._evaluate(model, datamodule, BatchPhase.TEST)
+
+    def _fit(self, engine: Engine, model: Model, datamodule: DataModule) -> bool:
+        if type(model).train_step is Model.train_step:
+            raise ModelError(f"{type(model).__name__} does not override `train_step`")
+        store = self._open_store(model)
+        self._set_up_data(engine, datamodule)
+        model._run_setup(engine, for_inference=False)
+        if not model._holdings().trainable():
+            raise ModelError(
+                f"{type(model).__name__} has no parameter to train; create networks "
+                "as attributes in `setup`, with `requires_grad`"
+            )
+        if engine.world_size > 1:
+            rng.seed_rngs(rng.derive_key(self.seed, engine.rank) % 2**63)
+        session = self._make_session(engine, model, datamodule, store)
+        was_resumed = session.restore(self.resume, allow_inexact=self.allow_inexact)
+        self._open_logs(session)
+        with stop_on_signals(session.request_stop):
+            is_finished = Run(session, model, datamodule, was_resumed).fit()
+            session.wait_for_checkpoint()
+        state, log = session.state, session.logger
+        at = f"epoch {state.global_epoch}, step {state.current_iteration}"
+        if is_finished:
+            log.info("finished at %s", at)
+        else:
+            more = "; the same command goes on from here" if store else ""
+            log.warning("stopped at %s: %s%s", at, session.stop_reason, more)
+        return is_finished
+
+    def _evaluate(
+        self, model: Model, datamodule: DataModule, phase: BatchPhase
+    ) -> bool:
+        with self._running(model, datamodule, self.test_exceptions) as engine:
+            self._set_up_data(engine, datamodule)
+            is_test = phase is BatchPhase.TEST
+            find = (
+                datamodule.test_dataloader if is_test else datamodule.valid_dataloader
+            )
+            loader = find()
+            if loader is None:
+                raise DataError(f"the DataModule has no {phase.value} data")
+            if self._fitted is not model:
+                model._run_setup(engine, for_inference=True)
+                self._load_for_inference(model)
+            session = self._make_session(engine, model, datamodule, None)
+            self._open_logs(session)
+            with stop_on_signals(session.request_stop):
+                return evaluate(session, model, loader[0], phase)
+
+    def _load_for_inference(self, model: Model) -> None:
+        path = None
+        if self.resume not in ("auto", "must", "never"):
+            path = pathlib.Path(self.resume)
+        elif self.chkpt_root is not None:
+            store = CheckpointStore(pathlib.Path(self.chkpt_root) / model.save_name)
+            path = store.find_last(get_root_logger().warning)
+        if path is None:
+            model.load_for_testing()
+            return
+        get_root_logger().info("loaded %s", path.name)
+        state = read_checkpoint(path).tree("training")["model"]
+        model._call_for_inference(model.load_state_dict, True, state)
+
+    def _open_store(self, model: Model) -> CheckpointStore | None:
+        if self.chkpt_root is None:
+            return None
+        root = pathlib.Path(self.chkpt_root) / model.save_name
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root):
+                return CheckpointStore(root)
+        except OSError as error:
+            raise CheckpointError(
+                f"`chkpt_root` cannot be written to ({error}); choose another folder"
+            ) from error
+
+    def _set_up_data(self, engine: Engine, datamodule: DataModule) -> None:
+        datamodule._begin(self)
+        rng.seed_rngs(self.seed)
+        if engine.is_main:
+            datamodule.prepare_data()
+        engine.barrier()
+        rng.seed_rngs(self.seed)
+        datamodule.setup()
+        rng.seed_rngs(self.seed)
+
+    def _make_session(
+        self,
+        engine: Engine,
+        model: Model,
+        datamodule: DataModule,
+        store: CheckpointStore | None,
+    ) -> Session:
+        stateful = {f"callback_{i}": c for i, c in enumerate(self.callbacks)}
+        self._session = model._session = Session(
+            engine,
+            model=model,
+            parts={"data": datamodule, **stateful},
+            schedule=self._make_schedule(engine.accumulation_steps),
+            identity={
+                "train_data": datamodule.identity(),
+                "accumulation_steps": engine.accumulation_steps,
+                "mixed_precision": engine.mixed_precision,
+                "device_type": engine.device.type,
+                "deterministic": self.enable_deterministic,
+            },
+            store=store,
+            keep_last=self.keep_last,
+            async_save=self.async_save,
+            callbacks=self._hooks,
+        )
+        return self._session
+
+    def _make_schedule(self, accumulation_steps: int) -> Schedule:
+        unit = self.train_unit
+        return Schedule(
+            unit=TrainingUnit.from_str(unit) if isinstance(unit, str) else unit,
+            # Tests need no end.
+            total_steps=1 if self.total_steps is None else self.total_steps,
+            valid_frequency=self.valid_frequency,
+            chkpt_frequency=self.chkpt_frequency,
+            print_frequency=self.print_frequency,
+            accumulation_steps=accumulation_steps,
+            early_stop_cycles=self.early_stop_cycles,
+        )
+
+    def _open_logs(self, session: Session) -> None:
+        root = self.run_path or self.log_root
+        if self.enable_tensorboard and root is not None and session.engine.is_main:
+            folder = pathlib.Path(root) / self.run_name
+            session.writer = open_writer(folder, session.state.current_iteration)
+        if self.log_with is not None:
+            session.engine.accelerator.init_trackers(self.run_name)
+
+    @contextlib.contextmanager
+    def _running(
+        self,
+        model: Model,
+        datamodule: DataModule,
+        silent: Sequence[type[BaseException]],
+    ) -> Iterator[Engine]:
+        """The surroundings of a run: engine, logs, flags, the exception rule."""
+        if not isinstance(model, Model):
+            raise TypeError(f"`model` must be a helios.Model, got {model!r}")
+        if not isinstance(datamodule, DataModule):
+            raise TypeError(
+                f"`datamodule` must be a helios.DataModule, got {datamodule!r}"
+            )
+        engine = self.engine = self._make_engine()
+        self.model, self._datamodule = model, datamodule
+        model.trainer = datamodule.trainer = self
+        root, file = self.log_path or self.log_root, None
+        if self.enable_file_logging and root is not None:
+            file = pathlib.Path(root) / f"{self.run_name}.log"
+        with (
+            text_logging(file, engine.rank, self.capture_warnings) as log,
+            torch_flags(self.enable_cudnn_benchmark, self.enable_deterministic),
+        ):
+            if self.print_banner:
+                banner = f"Helios {fingerprint.summary()}: {engine.summary()}"
+                log.info("%s", model.append_to_banner(banner))
+            try:
+                yield engine
+            except BaseException as error:
+                if not isinstance(error, tuple(silent)):
+                    log.critical("rank %d failed", engine.rank, exc_info=error)
+                if self._session is not None:
+                    for hook in overridden(self._hooks, Callback.on_exception):
+                        hook(self._session, error)
+                raise
+            finally:
+                session, self._session, model._session = self._session, None, None
+                try:
+                    datamodule.teardown()
+                finally:
+                    if session is not None:
+                        session.close()
+                    open_writer(None)
+
+    def _make_engine(self) -> Engine:
+        root = self.run_path or self.log_root
+        engine = Engine(
+            accelerator=self.accelerator,
+            use_cpu=self.use_cpu,
+            device_index=self.gpus[0] if self.gpus and len(self.gpus) == 1 else None,
+            mixed_precision=self.mixed_precision,
+            accumulation_steps=self.accumulation_steps,
+            log_with=self.log_with,
+            project_dir=None if root is None else os.fspath(root),
+        )
+        if self.num_processes not in (None, engine.world_size):
+            raise LaunchError(
+                f"`num_processes` is {self.num_processes}, and this job has "
+                f"{engine.world_size} rank(s); start it with `accelerate launch "
+                f"--num_processes {self.num_processes}`, or leave it out"
+            )
+        return engine
