@@ -7,6 +7,7 @@ Stop it whenever and however you like: the same command goes on where it was.
 """
 
 import argparse
+import logging
 import random
 
 import numpy as np
@@ -17,7 +18,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, TensorDataset, random_split
 
 import helios
-from helios.loggers import get_root_logger
 
 
 class Augmented(Dataset):  # moved, dimmed and speckled; any generator will do
@@ -80,7 +80,7 @@ class DigitsModel(helios.Model):
         self.valid_step(batch, step, phase="test")
 
     def on_testing_end(self):
-        get_root_logger().info("test accuracy: %.1f %%", 100 * self.accuracy)
+        logging.getLogger("helios").info("test accuracy: %.1f %%", 100 * self.accuracy)
 
     def have_metrics_improved(self):  # asked after each validation, for early stopping
         has_improved = self.accuracy > self.best_accuracy

@@ -27,7 +27,7 @@ _HOMES = {
     "helios.state": ["TrainingState", "TrainingUnit"],
     "helios.trainer": ["Trainer"],
 }
-__all__ = [name for names in _HOMES.values() for name in names]  # noqa: PLE0604
+__all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,75 +1,97 @@
-"""The checks of a Trainer's arguments that concern one argument, or a pair."""
+"""The checks of a Trainer's arguments that concern one of them, or a pair."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+import pathlib
+import tempfile
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from helios.callbacks.base import Callback
+from helios.engine import Accelerator
+from helios.errors import CheckpointError
+from helios.state import check_name
 
 if TYPE_CHECKING:
     from helios.trainer import Trainer
 
-__all__ = ["check_arguments"]
-
+_PATH = (str, os.PathLike, type(None))
+_LIST = (list, tuple)
+_KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **dict.fromkeys(("chkpt_root", "log_root", "log_path"), ("a path", _PATH)),
+    **dict.fromkeys(("run_path", "src_root"), ("a path", _PATH)),
+    "resume": ('"auto", "never", "must" or a path', _PATH[:2]),
+    "random_seed": ("an int", (int, type(None))),
+    "gpus": ("a list of ints", (*_LIST, type(None))),
+    "callbacks": ("a list of helios.Callback objects", _LIST),
+    "train_exceptions": ("a list of exception types", _LIST),
+    "test_exceptions": ("a list of exception types", _LIST),
+    "accelerator": ("an Accelerator", (Accelerator, type(None))),
+}
 _PRECISIONS = ("no", "bf16", "fp16", "fp8", None)
-_PATHS = ("chkpt_root", "log_root", "log_path", "run_path", "src_root")
 _LOGS = (("enable_file_logging", "log_path"), ("enable_tensorboard", "run_path"))
+_BUILT_WITH = (
+    ("mixed_precision", "mixed_precision"),
+    ("accumulation_steps", "gradient_accumulation_steps"),
+)
 _EXCLUSIVE = (
-    ("use_cpu", "gpus", "a run is on one kind of device"),
-    (
-        "enable_cudnn_benchmark",
-        "enable_deterministic",
-        "timing kernels may choose another one every time",
-    ),
+    ("use_cpu", "gpus"),
+    # Timing kernels may choose another one every time.
+    ("enable_cudnn_benchmark", "enable_deterministic"),
 )
 
 
 def check_arguments(trainer: Trainer) -> None:
     """Raise a ValueError or TypeError on wrong arguments, before anything is made."""
-    name = trainer.run_name
-    if not isinstance(name, str) or not name or "/" in name or name.startswith("."):
-        raise ValueError(f"`run_name` must be a plain file name, got {name!r}")
+    given = vars(trainer)
+    check_name("run_name", trainer.run_name)
+    for name, (expected, kinds) in _KINDS.items():
+        value = given[name]
+        is_right = isinstance(value, kinds) and not isinstance(value, bool)
+        if is_right and name == "callbacks":
+            is_right = all(isinstance(member, Callback) for member in value)
+        if is_right and name.endswith("_exceptions"):
+            is_right = all(_is_exception(member) for member in value)
+        if not is_right:
+            raise TypeError(f"`{name}` must be {expected}, got {value!r}")
     precision = trainer.mixed_precision
     if precision not in _PRECISIONS:
         raise ValueError(
             f"`mixed_precision` must be one of {_PRECISIONS}, got {precision!r}"
         )
-    for argument in ("keep_last", "num_processes", "accumulation_steps"):
-        value = getattr(trainer, argument)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(
-                f"`{argument}` must be an int >= 1, got {value!r}; use None for the "
-                "default"
-            )
-    seed = trainer.random_seed
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"`random_seed` must be an int, got {seed!r}")
-    for callback in trainer.callbacks:
-        if not isinstance(callback, Callback):
-            raise TypeError(f"`callbacks` must be helios.Callback's, got {callback!r}")
-    for argument in _PATHS:
-        value = getattr(trainer, argument)
-        if value is not None and not isinstance(value, str | os.PathLike):
-            raise TypeError(f"`{argument}` must be a path, got {value!r}")
+    for name in ("keep_last", "num_processes", "accumulation_steps"):
+        value = given[name]
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"`{name}` must be an int >= 1 or None, got {value!r}")
+    if trainer.src_root is not None and not os.path.isdir(trainer.src_root):
+        raise ValueError(f"`src_root` must be a folder, got {trainer.src_root!r}")
     for flag, own in _LOGS:
-        if getattr(trainer, flag) and not (getattr(trainer, own) or trainer.log_root):
+        if given[flag] and not (given[own] or trainer.log_root):
             raise ValueError(f"`{flag}` needs a folder to write to; set `log_root`")
-    for one, other, why in _EXCLUSIVE:
-        if getattr(trainer, one) and getattr(trainer, other):
-            raise ValueError(
-                f"`{one}` and `{other}` exclude each other: {why}; set one"
-            )
-    count, gpus = torch.cuda.device_count(), trainer.gpus or []
-    wrong = [i for i in gpus if not isinstance(i, int) or not 0 <= i < count]
-    if wrong:
-        raise ValueError(
-            f"`gpus` names {wrong}, and this machine shows {count} GPU(s), from 0 on"
-        )
-    if len(gpus) > 1 and os.environ.get("WORLD_SIZE") is None:
-        raise ValueError(
-            f"`gpus` names {len(gpus)} devices, and this is one process; start it with "
-            "`accelerate launch --gpu_ids`"
-        )
+    for one, other in _EXCLUSIVE:
+        if given[one] and given[other]:
+            raise ValueError(f"`{one}` and `{other}` exclude each other; set one")
+    for name, attribute in _BUILT_WITH:
+        have = getattr(trainer.accelerator, attribute, None)
+        if None not in (have, given[name]) and have != given[name]:
+            raise ValueError(f"`{name}` is {given[name]!r}, `accelerator` has {have!r}")
+    count, gpus = torch.cuda.device_count(), trainer.gpus
+    if gpus is not None and not (gpus and set(gpus) <= set(range(count))):
+        raise ValueError(f"`gpus` is {gpus}; this machine shows {count}, from 0 on")
+    if len(gpus or ()) > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"`gpus` is {gpus} for one process; use `accelerate launch`")
+
+
+def _is_exception(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
+
+
+def check_writable(root: pathlib.Path) -> None:
+    """Raise a CheckpointError where no checkpoint could be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=root).close()
+    except OSError as error:
+        raise CheckpointError(f"`chkpt_root` cannot be written to: {error}") from error

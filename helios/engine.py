@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator as Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.scheduler import AcceleratedScheduler
 from accelerate.state import AcceleratorState, GradientState
@@ -29,8 +29,6 @@ from torch import nn
 
 from helios.errors import LaunchError
 
-__all__ = ["Engine", "inner_optimizer", "is_scheduler", "torch_flags"]
-
 #: Where a torch optimizer does its own work, unless there is a scaler.
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
@@ -38,17 +36,8 @@ _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 class Engine:
     """Placement, precision, accumulation and agreement, by Accelerate.
 
-    Args:
-        accelerator: an existing one, which the other arguments must not contradict.
-        use_cpu: train on the CPU.
-        device_index: the GPU to use in a single process.
-        mixed_precision: as Accelerate has it; None: as the launcher says.
-        accumulation_steps: batches a step; None: as the launcher says.
-        log_with, project_dir: trackers of Accelerate, and where they write.
-
-    Raises:
-        ValueError: arguments that contradict ``accelerator``.
-        LaunchError: the environment asks for several ranks, and Accelerate sees one.
+    ``None`` means "as the launcher says". Raises a LaunchError where the environment
+    asks for several ranks and Accelerate sees one.
     """
 
     _own: ClassVar[Accelerator | None] = None
@@ -87,15 +76,6 @@ class Engine:
         self.is_main: bool = accelerator.is_main_process
         self.mixed_precision: str = accelerator.mixed_precision
         self.accumulation_steps: int = accelerator.gradient_accumulation_steps
-        for name, asked in (
-            ("mixed_precision", mixed_precision),
-            ("accumulation_steps", accumulation_steps),
-        ):
-            if asked not in (None, have := getattr(self, name)):
-                raise ValueError(
-                    f"`{name}` is {asked!r}, and `accelerator` was built with {have!r}; "
-                    "leave one of them out"
-                )
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks > 1 and self.world_size == 1:
             raise LaunchError(
@@ -113,6 +93,8 @@ class Engine:
             self._is_plain and self.scaler is None and self.accumulation_steps == 1
         )
         self._networks: list[nn.Module] = []
+        self._batch = 0
+        self._is_first = self._is_last = True
         # Chosen here, once: on the CPU there is nothing to place, and without scaling
         # Accelerate's backward only divides by one.
         self.place: Callable[[Any], Any] = self._place
@@ -126,8 +108,7 @@ class Engine:
     def _forget_own(cls) -> None:
         """Let a second run in this process have another precision or device.
 
-        Accelerate keeps its settings in process-wide singletons. They are reset only
-        where an engine made them; what a user's Accelerator made stays.
+        Accelerate's settings are process-wide. Only what an engine made is reset.
         """
         if cls._own is not None and AcceleratorState._shared_state:
             is_alone = not torch.distributed.is_initialized()
@@ -135,24 +116,20 @@ class Engine:
             GradientState._reset_state()
         cls._own = None
 
-    def summary(self) -> str:
-        """What runs where, in a few words."""
-        return f"{self.device}, ranks: {self.world_size}, {self.mixed_precision} amp"
+    def identity(self) -> dict[str, Any]:
+        """What of it decides on the course and the bits of a training."""
+        names = ("world_size", "mixed_precision", "accumulation_steps")
+        facts = {name: getattr(self, name) for name in names}
+        return {"device_type": self.device.type, **facts}
 
     def prepare(
-        self,
-        networks: Iterable[nn.Module],
-        optimizers: Sequence[torch.optim.Optimizer],
-        schedulers: Iterable[Any],
+        self, networks: list[Any], optimizers: list[Any], schedulers: list[Any]
     ) -> dict[int, Any]:
         """Place and wrap what a model holds; every rank must call.
 
         Networks without a trainable parameter are placed, not wrapped; those that the
-        user wrapped are left alone. A scheduler advances once a step, whatever the
-        number of ranks.
-
-        Returns:
-            What to put in the place of each object, by the object's ``id``.
+        user wrapped are left alone. Returns what to put in the place of each object,
+        by the object's ``id``.
         """
         out: dict[int, Any] = {}
         subjects: list[Any] = []
@@ -165,35 +142,47 @@ class Engine:
             else:
                 out[id(net)] = net.to(self.device)
                 if parameters:  # a frozen network; a loss is only placed
-                    out[id(net)] = self.accelerator.prepare_model(
-                        net, evaluation_mode=True
-                    )
-        if not self._is_bare:
-            subjects += optimizers
-        for subject, done in zip(subjects, self._prepare(subjects), strict=True):
-            out[id(subject)] = done
-        self._networks = [
-            value for value in out.values() if isinstance(value, nn.Module)
-        ]
-        for scheduler in () if self._is_bare else schedulers:
-            inner = getattr(scheduler, "optimizer", None)
-            drivers = [o for o in optimizers if o is inner] or optimizers
-            out[id(scheduler)] = AcceleratedScheduler(
-                scheduler, [out[id(o)] for o in drivers], split_batches=True
-            )
+                    placed = self.accelerator.prepare_model(net, evaluation_mode=True)
+                    out[id(net)] = placed
+        subjects += [] if self._is_bare else optimizers
+        # One call, as FSDP demands. The Nones have it return a tuple in any case.
+        done = self.accelerator.prepare(*subjects, None, None)[:-2]
+        out.update({id(a): b for a, b in zip(subjects, done, strict=True)})
+        for optimizer in optimizers if self.accumulation_steps > 1 else []:
+            self._put_in_window(out[id(optimizer)])
+        self._networks = [net for net in out.values() if isinstance(net, nn.Module)]
+        for scheduler in [] if self._is_bare else schedulers:
+            own = getattr(scheduler, "optimizer", None)
+            drivers = [out[id(o)] for o in optimizers if own in (o, None)]
+            # split_batches: one step a step, whatever the number of ranks.
+            wrapped = AcceleratedScheduler(scheduler, drivers, split_batches=True)
+            out[id(scheduler)] = wrapped
         return out
-
-    def _prepare(self, subjects: list[Any]) -> Sequence[Any]:
-        if len(subjects) > 1:
-            return self.accelerator.prepare(*subjects)  # type: ignore[no-any-return]
-        return [self.accelerator.prepare(subject) for subject in subjects]
 
     def _place(self, batch: Any) -> Any:
         return send_to_device(batch, self.device, non_blocking=True)
 
+    def _put_in_window(self, optimizer: Any) -> None:
+        """Let ``zero_grad`` act once a window, called before backward or after step."""
+        # Accelerate's acts on the last batch: called before backward, it would clear
+        # what the window has gathered.
+        step, stepped_in = optimizer.step, -1
+
+        def stepping(*args: Any, **kwargs: Any) -> None:
+            nonlocal stepped_in
+            stepped_in = self._batch
+            step(*args, **kwargs)
+
+        def zero_grad(*args: Any, **kwargs: Any) -> None:
+            if self._is_last if stepped_in == self._batch else self._is_first:
+                inner_optimizer(optimizer).zero_grad(*args, **kwargs)
+
+        optimizer.step, optimizer.zero_grad = stepping, zero_grad
+
     @contextlib.contextmanager
-    def batch(self, *, is_step: bool) -> Iterator[None]:
-        """The context of one batch of an accumulation window, and whether it ends it."""
+    def batch(self, *, is_first: bool, is_step: bool) -> Iterator[None]:
+        """The context of one batch of an accumulation window."""
+        self._batch, self._is_first, self._is_last = self._batch + 1, is_first, is_step
         self.accelerator.sync_gradients = is_step
         with contextlib.ExitStack() as stack:
             if not is_step and self.world_size > 1:
@@ -202,25 +191,16 @@ class Engine:
             yield
 
     def clip_gradients(
-        self,
-        parameters: Iterable[nn.Parameter],
-        optimizer: torch.optim.Optimizer | None,
-        max_norm: float,
-        norm_type: float = 2.0,
-    ) -> torch.Tensor | None:
-        """Clip to a total norm, in unscaled units; None inside a window.
-
-        Only the named optimizer's gradients are unscaled: Accelerate would unscale
-        those of all, also where they have none.
-        """
+        self, parameters: Any, optimizer: Any, max_norm: float, norm_type: float = 2.0
+    ) -> Any:
+        """Clip to a total norm, in unscaled units; None inside a window."""
         if not self.accelerator.sync_gradients:
             return None
         if self.scaler is not None and self._is_plain and optimizer is not None:
+            # Accelerate would unscale all optimizers' gradients, also missing ones.
             self.accelerator.unscale_gradients(optimizer)
             return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
-        return self.accelerator.clip_grad_norm_(  # type: ignore[no-any-return]
-            parameters, max_norm, norm_type
-        )
+        return self.accelerator.clip_grad_norm_(parameters, max_norm, norm_type)
 
     def unwrap(self, module: nn.Module) -> nn.Module:
         """The user's module."""
@@ -230,10 +210,8 @@ class Engine:
         """The mean over the ranks, by name; every rank must call."""
         if self.world_size == 1:
             return values
-        tensors = {
-            name: torch.as_tensor(value, device=self.device).detach().float()
-            for name, value in values.items()
-        }
+        tensors = {k: torch.as_tensor(v).detach().float() for k, v in values.items()}
+        tensors = {k: v.to(self.device) for k, v in tensors.items()}
         return dict(self.accelerator.reduce(tensors, reduction="mean"))
 
     def agree(self, flag: bool) -> bool:
@@ -261,11 +239,8 @@ class Engine:
             self.scaler.load_state_dict(state)
 
     def close(self) -> None:
-        """Finish the trackers, and leave no window open.
-
-        Not by ``end_training``, which also takes the process group down: the same
-        ranks may go on to test.
-        """
+        """Finish the trackers, and leave no window open."""
+        # Not by end_training, which also ends the process group: a test may follow.
         self.accelerator.sync_gradients = True
         for tracker in self.accelerator.trackers:
             tracker.finish()

@@ -1,18 +1,6 @@
-"""The exceptions of Helios, one tree.
+"""The exceptions of Helios, one tree under HeliosError.
 
-::
-
-    HeliosError
-    ├── CheckpointError              a checkpoint cannot be written or used
-    │   ├── CheckpointCorruptError   a file is missing, truncated or altered
-    │   ├── CheckpointNotFoundError  none where one is demanded
-    │   └── UnstorableError          a value of the state has no stored form
-    ├── ResumeError                  the run differs from the one that was saved
-    ├── DataError                    a data set or loader that cannot be trained on
-    ├── ModelError                   a model that cannot be trained
-    └── LaunchError                  processes or devices that are not there
-
-Wrong arguments are plain ``ValueError`` or ``TypeError``, raised when the object is made.
+Wrong arguments are plain ValueError or TypeError, raised when the object is made.
 """
 
 

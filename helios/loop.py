@@ -32,8 +32,6 @@ from helios.model.model import BatchPhase, Model
 from helios.session import Session
 from helios.state import Boundary
 
-__all__ = ["Run", "evaluate"]
-
 
 class Run:
     """A training run: :meth:`fit` consumes what :meth:`_boundaries` yields.
@@ -51,21 +49,20 @@ class Run:
         for _ in range(self.state.dataset_phase):
             datamodule.advance_train_phase()
         self._open_train_loader()
-        self._valid = (datamodule.valid_dataloader() or (None,))[0]
-        session.valid_batches = self._valid and self._valid.batches_per_epoch
+        valid = datamodule.valid_dataloader()
+        self._valid = None if valid is None else valid[0]
+        session.valid_batches = None if valid is None else valid[0].batches_per_epoch
         self._prepare_batch = _batch_preparer(session, model, BatchPhase.TRAIN)
-        self._batch_hooks = self._hooks(Callback.on_training_batch_end)
+        self._batch_hooks = overridden(
+            session.callbacks, Callback.on_training_batch_end
+        )
         # What nobody overrides is not asked at every batch.
         base = Model.should_training_stop
         self._asks_to_stop = type(model).should_training_stop is not base
-        self._logged_at = (self.state.current_iteration, time.perf_counter())
+        self._logged_at_s = time.perf_counter()
 
     def fit(self) -> bool:
-        """Train to the end of the schedule, or until something asks to stop.
-
-        Returns:
-            Whether the schedule was finished.
-        """
+        """Train until the schedule is finished (True) or something asks to stop."""
         session, model, frequency = (
             self.session,
             self.model,
@@ -75,18 +72,18 @@ class Run:
         model.on_training_start()
         self._call(Callback.on_training_start)
         for boundary in self._boundaries():
-            if not self._validate(boundary):
-                session.save(boundary, settled=False)
-                return False
+            self._validate(boundary)
             if self.schedule.is_due(frequency, boundary, self.state):
                 if model.should_save_checkpoint():
-                    session.save(boundary)
+                    session.save()
             if session.engine.agree(self._wants_stop(boundary)):
-                session.save(boundary)
+                session.save()
                 return False
         session.put_back()
+        if self.schedule.print_frequency is None:
+            session.flush()
         session.keep(None)
-        session.save(Boundary.STEP)
+        session.save()
         model.on_training_end()
         self._call(Callback.on_training_end)
         return True
@@ -94,11 +91,10 @@ class Run:
     def _boundaries(self) -> Iterator[Boundary]:
         """Train, and yield after each batch and each epoch; first where it joins."""
         session, model, state = self.session, self.model, self.state
-        first = session.unsettled or Boundary.START
         is_inside = state.dataset_iter > 0
         if not is_inside:
             session.put_back()
-            yield first
+            yield Boundary.START
         while not self._is_over():
             epoch = state.global_epoch
             session.keep(None)
@@ -110,7 +106,7 @@ class Run:
             if is_inside:
                 is_inside = False
                 session.put_back()
-                yield first
+                yield Boundary.START
             for batch in batches:
                 yield self._step(batch)
                 if self._is_over():
@@ -137,9 +133,10 @@ class Run:
         if window == 1:
             model.train_step(batch, state)
         else:
-            done = state.dataset_iter + 1
-            is_step = done % window == 0 or done == self._train_batches
-            with self.session.engine.batch(is_step=is_step):
+            done = state.dataset_iter
+            is_step = (done + 1) % window == 0 or done + 1 == self._train_batches
+            first = done % window == 0
+            with self.session.engine.batch(is_first=first, is_step=is_step):
                 model.train_step(batch, state)
         state.global_iteration += 1
         state.dataset_iter += 1
@@ -149,10 +146,9 @@ class Run:
             state.current_iteration += 1
             should_log = self.schedule.is_log_point(state)
         if should_log:
-            before, began = self._logged_at
-            self._logged_at = state.current_iteration, time.perf_counter()
-            elapsed_s = self._logged_at[1] - began
-            state.average_iter_time = elapsed_s / (state.current_iteration - before)
+            before_s, self._logged_at_s = self._logged_at_s, time.perf_counter()
+            elapsed_s = self._logged_at_s - before_s
+            state.average_iter_time = elapsed_s / (self.schedule.print_frequency or 1)
         model.on_training_batch_end(state, should_log)
         for hook in self._batch_hooks:
             hook(self.session)
@@ -160,20 +156,13 @@ class Run:
             self.session.flush()
         return Boundary.STEP if is_step else Boundary.BATCH
 
-    def _validate(self, boundary: Boundary) -> bool:
-        """Do the validation that is due, if any; False if a stop came in between."""
+    def _validate(self, boundary: Boundary) -> None:
+        """Do the validation that is due, if any."""
         session, model, state = self.session, self.model, self.state
-        frequency = self.schedule.valid_frequency
+        frequency, cycle = self.schedule.valid_frequency, state.validation_cycles
         if self._valid is None or not self.schedule.is_due(frequency, boundary, state):
-            return True
-        session.mark()
-        is_stopped = session.engine.agree(session.stop_reason is not None)
-        cycle = state.validation_cycles
-        if is_stopped or not evaluate(
-            session, model, self._valid, BatchPhase.VALID, cycle
-        ):
-            return False
-        session.unmark()
+            return
+        evaluate(session, model, self._valid, BatchPhase.VALID, cycle)
         state.validation_cycles += 1
         state.running_iter = 0
         self._call(Callback.on_validation_end)
@@ -181,7 +170,6 @@ class Run:
         state.early_stop_count = 0 if has_improved else state.early_stop_count + 1
         model.train()
         session.keep("latest")
-        return True
 
     def _wants_stop(self, boundary: Boundary) -> bool:
         is_asked = boundary is not Boundary.START or self._was_resumed
@@ -197,10 +185,7 @@ class Run:
     def _open_train_loader(self) -> None:
         found = self.datamodule.train_dataloader()
         if found is None:
-            raise DataError(
-                "the DataModule has no training data; call `self._add_train_phase` in "
-                "its `setup`"
-            )
+            raise DataError("no training data: call `self._add_train_phase` in `setup`")
         self._train = found[0]
         self._train_batches = found[0].batches_per_epoch
         self.session.batches_per_epoch = self._train_batches
@@ -212,11 +197,8 @@ class Run:
         else:
             self.session.logger.warning("there is no further training phase")
 
-    def _hooks(self, hook: Callable[..., None]) -> list[Callable[..., None]]:
-        return overridden(self.session.callbacks, hook)
-
     def _call(self, hook: Callable[..., None]) -> None:
-        for bound in self._hooks(hook):
+        for bound in overridden(self.session.callbacks, hook):
             bound(self.session)
 
 
@@ -233,20 +215,14 @@ def _batch_preparer(
 def evaluate(
     session: Session, model: Model, loader: Any, phase: BatchPhase, cycle: int = 0
 ) -> bool:
-    """Run one validation, or one test, without gradients; every rank must call.
+    """Run a validation, or a test, without gradients; every rank must call.
 
-    Returns:
-        False if a stop was asked for before the end.
-
-    Raises:
-        DataError: the loader yields nothing.
+    A stop that is asked for ends a test (False), and waits for the end of a validation.
     """
     hooks: list[Callable[..., None]] = []
-    start, end = model.on_testing_start, model.on_testing_end
-    before, step, after = (
-        *(model.on_testing_batch_start, model.test_step),
-        model.on_testing_batch_end,
-    )
+    start, before = model.on_testing_start, model.on_testing_batch_start
+    step, after = model.test_step, model.on_testing_batch_end
+    end = model.on_testing_end
     if phase is BatchPhase.VALID:
         start = partial(model.on_validation_start, cycle)
         before, step = model.on_validation_batch_start, model.valid_step
@@ -257,8 +233,8 @@ def evaluate(
     session.keep(None)
     model.eval()
     start()
-    if phase is BatchPhase.VALID:
-        for hook in overridden(session.callbacks, Callback.on_validation_start):
+    for hook in overridden(session.callbacks, Callback.on_validation_start):
+        if phase is BatchPhase.VALID:
             hook(session)
     loader.seek(cycle)
     session.keep("means")
@@ -269,7 +245,8 @@ def evaluate(
             after(number)
             for hook in hooks:
                 hook(session, number)
-            if session.engine.agree(session.stop_reason is not None):
+            is_test = phase is BatchPhase.TEST
+            if is_test and session.engine.agree(session.stop_reason is not None):
                 return False
     if number < 0:
         raise DataError(f"the {phase.value} loader yielded nothing; lower `batch_size`")

@@ -7,23 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.random import mtrand
 
 from helios.errors import ResumeError
 
-__all__ = [
-    "capture_rng",
-    "derive_key",
-    "get_default_numpy_rng",
-    "get_default_seed",
-    "isolated_rng",
-    "restore_rng",
-    "seed_globals",
-    "seed_rngs",
-]
-
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
-_spares: list[np.random.MT19937] = []  # to stand in for numpy's; 80 µs to make one
+_spare = np.random.MT19937(0)  # stands in for numpy's generator; 80 µs to make one
 
 
 def _mix(z: int) -> int:
@@ -58,8 +46,7 @@ def get_default_numpy_rng() -> np.random.Generator:
 
 def seed_rngs(seed: int) -> None:
     """Seed the global generators and those of all accelerators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
+    seed_globals(seed)
     torch.manual_seed(seed)
 
 
@@ -73,11 +60,9 @@ def seed_globals(key: int) -> None:
 def capture_rng(device: torch.device | None = None) -> dict[str, Any]:
     """Return the global generators' state, and an accelerator's, as a plain tree."""
     version, words, gauss_next = random.getstate()
-    tree = {
-        "python": (version, np.array(words, dtype=np.uint32), gauss_next),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.default_generator.get_state(),
-    }
+    python = (version, np.array(words, dtype=np.uint32), gauss_next)
+    numpy = np.random.get_state(legacy=False)
+    tree = {"python": python, "numpy": numpy, "torch": torch.get_rng_state()}
     if device is not None and device.type != "cpu":
         tree[device.type] = torch.get_device_module(device).get_rng_state(device)
     return tree
@@ -85,36 +70,31 @@ def capture_rng(device: torch.device | None = None) -> dict[str, Any]:
 
 def restore_rng(tree: dict[str, Any], device: torch.device | None = None) -> None:
     """Set what `capture_rng` returned; ResumeError where that has other parts."""
-    devices = [] if device is None or device.type == "cpu" else [device]
-    kinds = sorted(["numpy", "python", "torch", *(d.type for d in devices)])
-    if sorted(tree) != kinds:
-        raise ResumeError(
-            f"random state of {sorted(tree)}, not {kinds}: use the same device type"
-        )
+    kinds = {"numpy", "python", "torch", "cpu" if device is None else device.type}
+    if tree.keys() != kinds - {"cpu"}:
+        raise ResumeError(f"random state of {sorted(tree)}, needed for {sorted(kinds)}")
     np.random.set_state(tree["numpy"])
     version, words, gauss_next = tree["python"]
-    random.setstate((version, tuple(np.asarray(words).tolist()), gauss_next))
-    torch.default_generator.set_state(tree["torch"])
-    for d in devices:
-        torch.get_device_module(d).set_rng_state(tree[d.type], d)
+    random.setstate((version, tuple(words.tolist()), gauss_next))
+    torch.set_rng_state(tree["torch"])
+    if device is not None and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(tree[device.type], device)
 
 
 @contextlib.contextmanager
 def isolated_rng(key: int = 0) -> Iterator[None]:
     """Seed the global generators with `key`; put their states back at the end."""
-    torch_state, python_state = torch.default_generator.get_state(), random.getstate()
-    # To exchange the bit generator is faster than to set its state, but numpy forgets
-    # the second of a pair of normal numbers then, which only `get_state` tells of.
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    # To exchange the bit generator is quick, but drops the second of a normal pair.
     numpy_state = np.random.get_state(legacy=False)
-    original = mtrand.get_bit_generator()
-    mtrand.set_bit_generator(spare := _spares.pop() if _spares else np.random.MT19937())
+    original = np.random.mtrand.get_bit_generator()
+    np.random.mtrand.set_bit_generator(_spare)
     try:
         seed_globals(key)
         yield
     finally:
-        mtrand.set_bit_generator(original)
-        if numpy_state["has_gauss"]:
+        np.random.mtrand.set_bit_generator(original)
+        if numpy_state["has_gauss"] or original is _spare:  # in another isolation
             np.random.set_state(numpy_state)
-        _spares.append(spare)
         random.setstate(python_state)
-        torch.default_generator.set_state(torch_state)
+        torch.set_rng_state(torch_state)

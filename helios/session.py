@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 
@@ -13,7 +13,6 @@ from helios import fingerprint, rng
 from helios.callbacks.base import Callback, overridden
 from helios.checkpoint import (
     BackgroundWriter,
-    Checkpoint,
     CheckpointStore,
     Encoder,
     read_checkpoint,
@@ -22,36 +21,16 @@ from helios.engine import Engine
 from helios.errors import CheckpointError, CheckpointNotFoundError, ResumeError
 from helios.loggers.tensorboard import NullWriter
 from helios.loggers.text import get_root_logger
-from helios.state import Boundary, Schedule, TrainingState
-
-if TYPE_CHECKING:
-    from helios.model.model import Model
-
-__all__ = ["Part", "Session"]
-
-
-class Part(Protocol):
-    """Something whose state is saved with the run, as a tree."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+from helios.model.model import Model
+from helios.state import Schedule, TrainingState, check_name
 
 
 class Session:
     """One resumable execution. Hooks get it; the trainer makes it.
 
-    Args:
-        model: whose state is saved, with its running losses and pending gradients.
-        parts: what else is saved, by name.
-        identity: what exactness depends on (see :mod:`helios.fingerprint`).
-        store: where checkpoints go; None: nowhere.
-
-    Attributes:
-        state: how far training has come.
-        schedule: when it validates, saves, logs and ends.
-        stop_reason: why the run is asked to stop; None: it is not.
-        unsettled: the boundary whose validation is still due, after a resume.
-        writer: TensorBoard's, or a null object.
+    ``state`` says how far training has come, ``schedule`` when it validates, saves,
+    logs and ends, ``stop_reason`` why it is to stop. The state of ``model`` and of the
+    other ``parts`` is saved to ``store``; ``identity`` is what exactness depends on.
     """
 
     def __init__(
@@ -59,7 +38,7 @@ class Session:
         engine: Engine,
         *,
         model: Model,
-        parts: Mapping[str, Part],
+        parts: Mapping[str, Any],
         schedule: Schedule,
         identity: Mapping[str, Any],
         store: CheckpointStore | None = None,
@@ -67,111 +46,79 @@ class Session:
         async_save: bool = True,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.engine = engine
-        self.schedule = schedule
-        self.state = TrainingState()
+        self.engine, self.schedule, self.state = engine, schedule, TrainingState()
         self.stop_reason: str | None = None
-        self.unsettled: Boundary | None = None
         self.writer: Any = NullWriter()
         self.logger = get_root_logger()
         self.callbacks = list(callbacks)
         self.batches_per_epoch: int | None = None
         self.valid_batches: int | None = None
         self._model = model
-        self._parts: dict[str, Part] = {"model": model, "scaler": engine, **parts}
-        self._identity = {
-            **identity,
-            "world_size": engine.world_size,
-            "versions": fingerprint.versions(),
-        }
+        self._parts: dict[str, Any] = {"model": model, "scaler": engine, **parts}
+        self._identity = {**identity, "versions": fingerprint.versions()}
         self._store, self._keep_last, self._async = store, keep_last, async_save
         self._background = BackgroundWriter()
         self._restored: dict[str, Any] | None = None
-        self._mark: dict[str, Any] | None = None
-        self._saved_at: tuple[Any, ...] | None = None
+        self._saved_at: tuple[int, int] | None = None
         self._keeps: str | None = None
         self._latest: dict[str, Any] = {}
         self._sums: dict[str, tuple[Any, int]] = {}
-        self._books = {**model._books(), "latest": self._latest}
         self._log_hooks = overridden(self.callbacks, Callback.on_log)
         self._own = f"rank_{engine.rank}"
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to save and stop at the next batch; any rank, any thread."""
-        if self.stop_reason is None:
-            self.stop_reason = reason
+        self.stop_reason = self.stop_reason or reason
 
     # Saving.
 
-    def save(self, boundary: Boundary, *, settled: bool = True) -> None:
-        """Save a checkpoint of this boundary; every rank must call.
+    def save(self) -> None:
+        """Save a checkpoint, unless this state is saved already; every rank must call.
 
         Returns when the live tensors have been copied; the rest is written behind. A
         checkpoint that cannot be written is reported, and training goes on.
-
-        Args:
-            boundary: where the run is.
-            settled: whether what is due there (a validation) has been done.
         """
-        if self._store is None or self._position(settled) == self._saved_at:
+        if self._store is None or self._position() == self._saved_at:
             return
-        try:
-            self._background.wait()
-            self._background.check()
-        except CheckpointError as error:
-            self._report(error)
-        encoder, trees, mine = self._encode()
-        at = {"boundary": boundary.value, "settled": settled}
-        record = {"progress": {**self.state.dict(), **at}, "identity": self._identity}
-        try:
-            self._write(encoder, trees, mine, record)
-        except OSError as error:
-            self._report(error)
-        else:
-            self._saved_at = self._position(settled)
+        self._finish_write()
+        encoder, trees = self._encode()
+        files = self._background.snapshot(encoder.files)
+        at = f"epoch_{self.state.global_epoch}_iter_{self.state.current_iteration}"
+        name = f"{self._model.save_name}_{at}"
+        name = self._model.append_metadata_to_chkpt_name(name)
+        check_name("append_metadata_to_chkpt_name", name)
+        self._write(self._store, name, encoder.aliases, trees, files)
 
-    def _encode(self) -> tuple[Encoder, dict[str, Any], Any]:
-        """This rank's state: the tensors, the trees of the job, the tree of the rank."""
+    def _encode(self) -> tuple[Encoder, dict[str, Any]]:
         encoder, trees = Encoder(), dict[str, Any]()
         if self.engine.is_main:
-            networks: Any = self._model._holdings().weights(self._model.unwrap)
-            if len(networks) == 1:
+            networks: Any = Model.trained_state_dict(self._model)
+            if len(networks) == 1:  # under their own names, as others expect them
                 (networks,) = networks.values()
             trees["model"] = encoder.encode(networks, file="model")
-            marked = self._mark["parts"] if self._mark is not None else {}
-            parts = {
-                name: {**part.state_dict(), **marked.get(name, {})}
-                for name, part in self._parts.items()
-            }
+            parts = {name: part.state_dict() for name, part in self._parts.items()}
             trees["training"] = encoder.encode(parts, file="training")
-        rank_tree = self._mark["rank"] if self._mark is not None else self._rank_tree()
-        return encoder, trees, encoder.encode(rank_tree, file=self._own)
+        gradients = [p.grad for p in self._model._holdings().trainable()]
+        own = {
+            "rng": rng.capture_rng(self.engine.device),
+            "books": self._books(),
+            "gradients": gradients if any(g is not None for g in gradients) else None,
+        }
+        trees[self._own] = encoder.encode(own, file=self._own)
+        return encoder, trees
 
     def _write(
-        self, encoder: Encoder, trees: dict[str, Any], mine: Any, record: dict[str, Any]
+        self, store: CheckpointStore, name: str, aliases: Any, trees: Any, files: Any
     ) -> None:
-        engine, store, state = self.engine, self._store, self.state
-        assert store is not None
-        name = f"{self._model.save_name}_epoch_{state.global_epoch}"
-        name = self._model.append_metadata_to_chkpt_name(
-            f"{name}_iter_{state.current_iteration}"
-        )
-        files = self._background.snapshot(encoder.files)
-        folder = store.begin(name) if engine.is_main else None
-        folder = engine.gather_objects(folder)[0]
-        # The other ranks' files are small: they are written at once, so that the main
-        # rank can finish alone, in the background.
-        written = None
-        if not engine.is_main:
-            written = store.write_file(folder, self._own, files[self._own])
-        ranks = engine.gather_objects((self._own, mine, written))
+        engine = self.engine
+        record = {"progress": self.state.dict(), "identity": self._identity}
 
         def finish() -> None:
             done = {rank: entry for rank, _, entry in ranks if entry is not None}
             for file, tensors in files.items():
-                aliases = encoder.aliases[file]
-                done[file] = store.write_file(folder, file, tensors, aliases)
-            all_trees = {**trees, **{rank: tree for rank, tree, _ in ranks}}
+                done[file] = store.write_file(folder, file, tensors, aliases[file])
+            all_trees = {rank: tree for rank, tree, _ in ranks} | trees
+            self.writer.flush()  # logs must not fall behind what is resumed from
             content = {**record, "trees": all_trees, "files": done}
             path = store.commit(folder, name, content)
             if self._keep_last is not None:
@@ -179,57 +126,52 @@ class Session:
             for hook in overridden(self.callbacks, Callback.on_checkpoint_saved):
                 hook(self, path)
 
+        try:
+            folder = engine.gather_objects(engine.is_main and store.begin(name))[0]
+            # The other ranks' files are small: they are written at once, so that the
+            # main rank can finish alone, in the background.
+            entry = None
+            if not engine.is_main:
+                entry = store.write_file(folder, self._own, files[self._own])
+            ranks = engine.gather_objects((self._own, trees[self._own], entry))
+        except OSError as error:
+            if engine.world_size > 1:
+                raise  # the other ranks would wait for this one for ever
+            self._report(error)
+            return
+        self._saved_at = self._position()
         if engine.is_main:
             self._background.submit(finish)
             if not self._async:
                 self._background.wait()
 
-    def _position(self, settled: bool) -> tuple[Any, ...]:
-        return self.state.global_iteration, self.state.global_epoch, settled
+    def _finish_write(self) -> None:
+        try:
+            self._background.wait()
+            self._background.check()
+        except CheckpointError as error:
+            self._report(error)
 
-    def _rank_tree(self) -> dict[str, Any]:
-        gradients = [p.grad for p in self._model._holdings().trainable()]
-        return {
-            "rng": rng.capture_rng(self.engine.device),
-            "books": {name: dict(book) for name, book in self._books.items()},
-            "gradients": gradients if any(g is not None for g in gradients) else None,
-        }
+    def _position(self) -> tuple[int, int]:
+        return self.state.global_iteration, self.state.global_epoch
+
+    def _books(self) -> dict[str, dict[str, Any]]:
+        return {**self._model._books(), "latest": self._latest}
 
     def _report(self, error: BaseException) -> None:
         self._saved_at = None
         self.logger.error(
-            "A CHECKPOINT COULD NOT BE WRITTEN (%s); training goes on, and the last "
-            "good checkpoint stands",
-            error,
+            "A CHECKPOINT COULD NOT BE WRITTEN, the last good one stands: %s", error
         )
-
-    def mark(self) -> None:
-        """Remember what a validation may change, should it be interrupted."""
-        parts = {k: v.state_dict() for k, v in self._parts.items() if k != "model"}
-        parts["model"] = self._model._light_state()
-        self._mark = copy.deepcopy({"rank": self._rank_tree(), "parts": parts})
-
-    def unmark(self) -> None:
-        """Forget it: the validation is finished."""
-        self._mark = None
 
     # Resuming.
 
     def restore(self, resume: Any, *, allow_inexact: bool) -> bool:
-        """Take up a checkpoint, all but the random numbers; every rank must call.
-
-        Args:
-            resume: ``"auto"`` (the newest whole one, if any), ``"must"`` (one must be
-                there), ``"never"``, or the path of one.
-            allow_inexact: go on where the run is not the one that was saved.
-
-        Returns:
-            Whether there was one.
+        """Take up a checkpoint, if there is one; every rank must call.
 
         Raises:
-            CheckpointError: it cannot be used.
+            CheckpointError: it cannot be used, or the state has no stored form.
             ResumeError: the run is not the one that was saved.
-            UnstorableError: the state holds something that has no stored form.
         """
         if self._store is not None:
             self._encode()  # to find out now, and not when the first save is due
@@ -237,28 +179,35 @@ class Session:
         if path is None:
             return False
         checkpoint = read_checkpoint(path)
-        self._check_identity(checkpoint, allow_inexact)
-        progress = dict(checkpoint.record["progress"])
-        boundary, settled = Boundary(progress.pop("boundary")), progress.pop("settled")
-        self.unsettled = None if settled else boundary
-        self.state.load(progress)
-        self._saved_at = self._position(settled)
+        self._check_identity(path.name, checkpoint.record["identity"], allow_inexact)
+        self.state.load(checkpoint.record["progress"])
+        self._saved_at = self._position()
         self._restored = {"parts": checkpoint.tree("training"), "rank": None}
         if self._own in checkpoint.record["trees"]:
             self._restored["rank"] = checkpoint.tree(self._own)
         # Hooks that run before training goes on see the restored state, and what they
         # change in it is put back by put_back(): so they get copies.
         self._load(copy.deepcopy(self._restored))
-        state = self.state
-        at = f"epoch {state.global_epoch}, step {state.current_iteration}"
+        at = f"epoch {self.state.global_epoch}, step {self.state.current_iteration}"
         self.logger.info("resumed from %s: %s", path.name, at)
         return True
+
+    def restore_for_inference(self, resume: Any) -> None:
+        """Load weights from a checkpoint, or as the model says where there is none."""
+        path = self._choose("auto" if resume == "never" else resume)
+        if path is None:
+            self._model.load_for_testing()
+            return
+        self.logger.info("loaded %s", path.name)
+        checkpoint = read_checkpoint(path)
+        self.state.load(checkpoint.record["progress"])
+        weights = checkpoint.tree("training")["model"]
+        self._model._call_for_inference(self._model.load_state_dict, True, weights)
 
     def put_back(self) -> None:
         """Complete :meth:`restore`: state once more, then gradients and RNG, last.
 
-        Called when all hooks that run at a resume have run and the loader's iterator
-        has been made, so that nothing that these did outlives it.
+        Nothing that hooks at a resume, or making the iterator, did outlives it.
         """
         if self._restored is None:
             return
@@ -274,7 +223,7 @@ class Session:
                 parameter.grad = None if grad is None else grad.to(parameter.device)
         rng.restore_rng(rank["rng"], self.engine.device)
 
-    def _choose(self, resume: Any) -> pathlib.Path | None:
+    def _choose(self, resume: Any) -> Any:
         if resume == "never":
             return None
         if resume not in ("auto", "must"):
@@ -290,18 +239,17 @@ class Session:
             )
         return found
 
-    def _check_identity(self, checkpoint: Checkpoint, allow_inexact: bool) -> None:
-        found = fingerprint.compare(checkpoint.record["identity"], self._identity)
+    def _check_identity(self, name: str, saved: Any, allow_inexact: bool) -> None:
+        found = fingerprint.compare(saved, self._identity)
         if not allow_inexact and any(difference.is_inexact for difference in found):
-            lines = "\n  ".join(map(str, found))
+            lines = "\n  ".join(difference.text for difference in found)
             raise ResumeError(
-                f"the run is not the one that was saved in {checkpoint.path.name}:\n"
-                f"  {lines}\nput it back as it was, pass `allow_inexact=True` to go on "
-                'all the same, or start afresh with `resume="never"` or another '
-                "`chkpt_root`"
+                f"the run is not the one that was saved in {name}:\n  {lines}\nput it "
+                "back as it was, pass `allow_inexact=True` to go on all the same, or "
+                'start afresh with `resume="never"` or another `chkpt_root`'
             )
         for difference in found:
-            self.logger.warning("not as it was saved: %s", difference)
+            self.logger.warning("not as it was saved: %s", difference.text)
 
     def _load(self, restored: Mapping[str, Any]) -> None:
         parts, rank = restored["parts"], restored["rank"]
@@ -312,7 +260,7 @@ class Session:
             )
         for name, part in self._parts.items():
             part.load_state_dict(parts[name])
-        for name, book in self._books.items():
+        for name, book in self._books().items():
             book.clear()
             for key, value in rank["books"][name].items() if rank is not None else ():
                 is_tensor = isinstance(value, torch.Tensor)
@@ -321,8 +269,9 @@ class Session:
     # Logging.
 
     def keep(self, what: str | None) -> None:
-        """From here on, of logged values keep the ``"latest"``, the ``"means"``, or
-        nothing (``None``): write them at once. :meth:`flush` writes what is kept.
+        """From here on, keep the ``"latest"`` or the ``"means"`` of what is logged.
+
+        :meth:`flush` writes them. ``None``: values are written at once.
         """
         self._keeps = what
         self._sums = {}
@@ -354,14 +303,22 @@ class Session:
     def _emit(self, values: Mapping[str, Any]) -> None:
         if not self.engine.is_main:
             return
-        numbers = {name: float(value) for name, value in values.items()}
+        numbers = {}
+        for name, value in values.items():
+            try:
+                numbers[name] = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"`{name}` is logged, and is no number: {error}"
+                ) from error
         step = self.state.current_iteration
         for name, number in numbers.items():
             self.writer.add_scalar(name, number, step)
         if self.engine.accelerator.trackers:
             self.engine.accelerator.log(numbers, step=step)
         shown = "  ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        self.logger.info("epoch %d  step %d  %s", self.state.global_epoch, step, shown)
+        epoch = self.state.global_epoch + (self.state.dataset_iter > 0)
+        self.logger.info("epoch %d  step %d  %s", epoch, step, shown)
         for hook in self._log_hooks:
             hook(self, numbers)
 
@@ -375,13 +332,12 @@ class Session:
         """
         self._background.wait()
         self._background.check()
+        if self._store is not None and self._saved_at is None:
+            raise CheckpointError("the last checkpoint could not be written; see above")
         self.engine.barrier()
 
     def close(self) -> None:
         """End the writers, after what they have in hand."""
-        try:
-            self._background.close()
-        except CheckpointError as error:
-            self._report(error)
+        self._finish_write()
         self.writer.close()
         self.engine.close()

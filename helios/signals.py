@@ -8,19 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-__all__ = ["stop_on_signals"]
-
-_POLITE = ("SIGTERM", "SIGINT", "SIGUSR1")
+_POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @contextlib.contextmanager
 def stop_on_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
-    """Turn SIGTERM, SIGINT and SIGUSR1 into a request; a second SIGINT ends at once.
-
-    Only the main thread can receive signals: in another one, this does nothing.
-    """
+    """Turn SIGTERM, SIGINT and SIGUSR1 into a request; a second SIGINT ends at once."""
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield  # only the main thread can set handlers
         return
     asked = False
 
@@ -31,8 +26,7 @@ def stop_on_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
         asked = asked or number == signal.SIGINT
         request_stop(f"received {signal.Signals(number).name}")
 
-    numbers = [getattr(signal, name) for name in _POLITE if hasattr(signal, name)]
-    before = {number: signal.signal(number, handle) for number in numbers}
+    before = {number: signal.signal(number, handle) for number in _POLITE}
     try:
         yield
     finally:

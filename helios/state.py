@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Boundary", "Schedule", "TrainingState", "TrainingUnit"]
+
+def check_name(what: str, name: object) -> None:
+    """Raise a ValueError where ``name`` could not be that of a file or folder."""
+    if not isinstance(name, str) or not name or name[0] == "." or {*name} & {*"/\\\0"}:
+        raise ValueError(f"`{what}` must be a plain file name, got {name!r}")
 
 
 class TrainingUnit(enum.Enum):
@@ -17,12 +22,13 @@ class TrainingUnit(enum.Enum):
     ITERATION = "iteration"
 
     @classmethod
-    def from_str(cls, label: str) -> TrainingUnit:
+    def from_str(cls, label: str | TrainingUnit) -> TrainingUnit:
         """The unit of that name, in any case; a ValueError where there is none."""
-        if label.lower() not in (unit.value for unit in cls):
-            names = " or ".join(repr(unit.value) for unit in cls)
-            raise ValueError(f"`train_unit` must be {names}, got {label!r}")
-        return cls(label.lower())
+        for unit in cls:
+            if label is unit or str(label).lower() == unit.value:
+                return unit
+        names = " or ".join(repr(unit.value) for unit in cls)
+        raise ValueError(f"`train_unit` must be {names}, got {label!r}")
 
 
 class Boundary(enum.Enum):
@@ -38,21 +44,21 @@ class Boundary(enum.Enum):
 class TrainingState:
     """How far training has come; every counter counts finished things."""
 
-    current_iteration: int = 0  # steps (optimizer updates)
-    global_iteration: int = 0  # batches
-    global_epoch: int = 0
-    validation_cycles: int = 0
-    dataset_iter: int = 0  # batches of the epoch in progress
-    early_stop_count: int = 0  # validations in a row without an improvement
-    average_iter_time: float = 0.0  # seconds a step, since the last log point
-    running_iter: int = 0  # batches that the running losses hold
-    dataset_phase: int = 0  # index of the training phase whose data are used
+    current_iteration: int = 0  #: steps (optimizer updates)
+    global_iteration: int = 0  #: batches
+    global_epoch: int = 0  #: epochs
+    validation_cycles: int = 0  #: validations
+    dataset_iter: int = 0  #: batches of the epoch in progress
+    early_stop_count: int = 0  #: validations in a row without an improvement
+    average_iter_time: float = 0.0  #: seconds a step, since the last log point
+    running_iter: int = 0  #: batches that the running losses hold
+    dataset_phase: int = 0  #: index of the training phase whose data are used
 
     def dict(self) -> dict[str, Any]:
         """The values by name."""
         return dataclasses.asdict(self)
 
-    def load(self, values: dict[str, Any]) -> None:
+    def load(self, values: Mapping[str, Any]) -> None:
         """Take the values that :meth:`dict` gave."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, values[field.name])
@@ -66,7 +72,7 @@ class Schedule:
         TypeError, ValueError: wrong values, naming the argument.
     """
 
-    unit: TrainingUnit
+    train_unit: TrainingUnit
     total_steps: float
     valid_frequency: int | None = None
     chkpt_frequency: int | None = None
@@ -82,29 +88,26 @@ class Schedule:
             )
         if total <= 0:
             raise ValueError(
-                f"`total_steps` must be >= 1, got {total}; use float('inf') to train "
-                "until something asks to stop"
+                f"`total_steps` must be >= 1, got {total}; or float('inf')"
             )
         for field in dataclasses.fields(self)[2:]:
             value = getattr(self, field.name)
             if value == field.default:
                 continue
-            remedy = f"must be an int >= 1, got {value!r}; use {field.default} for none"
-            if type(value) is not int:
-                raise TypeError(f"`{field.name}` {remedy}")
-            if value < 1:
-                raise ValueError(f"`{field.name}` {remedy}")
+            if type(value) is not int or value < 1:
+                kind = ValueError if type(value) is int else TypeError
+                raise kind(
+                    f"`{field.name}` must be an int >= 1, got {value!r}; use "
+                    f"{field.default} for none"
+                )
         if self.early_stop_cycles is not None and self.valid_frequency is None:
-            raise ValueError(
-                "`early_stop_cycles` counts validations, and `valid_frequency` is None; "
-                "set it"
-            )
+            raise ValueError("`early_stop_cycles` needs `valid_frequency`; set that")
 
     def is_over(self, state: TrainingState) -> bool:
         """Whether the run has come to its end."""
         if state.early_stop_count >= (self.early_stop_cycles or math.inf):
             return True
-        is_epochs = self.unit is TrainingUnit.EPOCH
+        is_epochs = self.train_unit is TrainingUnit.EPOCH
         done = state.global_epoch if is_epochs else state.current_iteration
         return done >= self.total_steps
 
@@ -114,7 +117,7 @@ class Schedule:
         """Whether something of that frequency happens at this boundary."""
         if frequency is None:
             return False
-        if self.unit is TrainingUnit.EPOCH:
+        if self.train_unit is TrainingUnit.EPOCH:
             return boundary is Boundary.EPOCH and state.global_epoch % frequency == 0
         return boundary is Boundary.STEP and state.current_iteration % frequency == 0
 

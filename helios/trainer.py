@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
+import math
 import os
 import pathlib
-import tempfile
+import pkgutil
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from helios import fingerprint, rng
-from helios.arguments import check_arguments
+from helios.arguments import check_arguments, check_writable
 from helios.callbacks.base import Callback, overridden
 from helios.callbacks.progress import ProgressBar
-from helios.checkpoint import CheckpointStore, read_checkpoint
+from helios.checkpoint import CheckpointStore
 from helios.data.datamodule import DataModule
 from helios.engine import Engine, torch_flags
-from helios.errors import CheckpointError, DataError, LaunchError, ModelError
+from helios.errors import DataError, LaunchError, ModelError
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import get_root_logger, text_logging
 from helios.loop import Run, evaluate
 from helios.model.model import BatchPhase, Model
-from helios.registry import update_all_registries
 from helios.session import Session
 from helios.signals import stop_on_signals
-from helios.state import Schedule, TrainingUnit
+from helios.state import Schedule, TrainingState, TrainingUnit
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     PathLike = str | os.PathLike[str]
-
-__all__ = ["Trainer"]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -70,7 +69,7 @@ class Trainer:
     log_root: PathLike | None = None  #: folder of the logs
     log_path: PathLike | None = None  #: older: folder of the log file
     run_path: PathLike | None = None  #: older: folder of TensorBoard's runs
-    src_root: PathLike | None = None  #: imported, so that its modules register things
+    src_root: PathLike | None = None  #: a folder whose modules are imported
     import_prefix: str = ""  #: the package that `src_root` is
     print_banner: bool = True  #: log what runs where, at the start
     accelerator: Accelerator | None = None  #: honoured in all that it was built with
@@ -88,9 +87,8 @@ class Trainer:
     def __post_init__(self) -> None:
         check_arguments(self)
         self._make_schedule(self.accumulation_steps or 1)
-        self.seed = rng.get_default_seed()
-        if self.random_seed is not None:
-            self.seed = self.random_seed
+        seed = self.random_seed
+        self.seed = rng.get_default_seed() if seed is None else seed
         bars = [ProgressBar()] if self.enable_progress_bar else []
         self._hooks: list[Callback] = [*bars, *self.callbacks]
         self.engine: Engine | None = None
@@ -98,8 +96,11 @@ class Trainer:
         self._datamodule: DataModule | None = None
         self._fitted: Model | None = None
         self._session: Session | None = None
-        if self.src_root is not None:
-            update_all_registries(self.src_root, import_prefix=self.import_prefix)
+        self._state = TrainingState()
+        roots = [] if self.src_root is None else [os.fspath(self.src_root)]
+        prefix = self.import_prefix and f"{self.import_prefix}."
+        for module in pkgutil.walk_packages(roots, prefix):
+            importlib.import_module(module.name)
 
     @property
     def datamodule(self) -> DataModule:
@@ -119,20 +120,17 @@ class Trainer:
         ``setup``, preparation by Accelerate, the checkpoint to resume from, then the
         loop (see :mod:`helios.loop`). Afterwards ``model`` holds the trained weights.
 
-        Returns:
-            True: finished, or ended for want of improvement. False: stopped on
-            request, with a checkpoint; the same command goes on from there.
-
-        Raises:
-            HeliosError: the data, the model or the checkpoint cannot be used.
-            Exception: whatever the user's code raises, logged first.
+        Returns True when finished, or ended for want of improvement; False when stopped
+        on request, with a checkpoint: the same command goes on from there. Raises a
+        HeliosError where the data, the model or the checkpoint cannot be used, and
+        whatever the user's code raises, logged first.
         """
         if self.total_steps is None:
             raise ValueError("`total_steps` is not set; pass it to the Trainer")
-        self._fitted = None
         with self._running(model, datamodule, self.train_exceptions) as engine:
+            self._fitted = None
             is_finished = self._fit(engine, model, datamodule)
-        self._fitted = model
+            self._fitted = model
         return is_finished
 
     def validate(self, model: Model, datamodule: DataModule) -> bool:
@@ -144,42 +142,45 @@ class Trainer:
 
         The model that this trainer has just fitted is tested as it is. Any other is set
         up for inference and takes the last whole checkpoint of its name; without one,
-        ``model.load_for_testing()`` is called.
-
-        Returns:
-            False if it was stopped on request.
-
-        Raises:
-            DataError: there are no data for it.
+        ``model.load_for_testing()`` is called. Returns False when stopped on request.
         """
         return self._evaluate(model, datamodule, BatchPhase.TEST)
 
     def _fit(self, engine: Engine, model: Model, datamodule: DataModule) -> bool:
         if type(model).train_step is Model.train_step:
             raise ModelError(f"{type(model).__name__} does not override `train_step`")
-        store = self._open_store(model)
+        if self.print_banner:
+            parts = [f"{k} {v}" for k, v in list(fingerprint.versions().items())[:4]]
+            banner = ", ".join([*parts, f"{engine.world_size} x {engine.device}"])
+            get_root_logger().info("%s", model.append_to_banner(banner))
+        if self.chkpt_root is not None:
+            check_writable(pathlib.Path(self.chkpt_root))
         self._set_up_data(engine, datamodule)
         model._run_setup(engine, for_inference=False)
-        if not model._holdings().trainable():
+        found = model._holdings()
+        if not found.trainable():
             raise ModelError(
                 f"{type(model).__name__} has no parameter to train; create networks "
                 "as attributes in `setup`, with `requires_grad`"
             )
         if engine.world_size > 1:
+            if found.parameters:
+                raise ModelError(
+                    f"the parameters {sorted(found.parameters)} are in no network, and "
+                    "the ranks would train each its own; put them into one"
+                )
             rng.seed_rngs(rng.derive_key(self.seed, engine.rank) % 2**63)
-        session = self._make_session(engine, model, datamodule, store)
+        session = self._make_session(engine, model, datamodule)
         was_resumed = session.restore(self.resume, allow_inexact=self.allow_inexact)
-        self._open_logs(session)
+        step = session.state.current_iteration
+        self._open_logs(session, purge_step=step + 1 if step else 0)
         with stop_on_signals(session.request_stop):
             is_finished = Run(session, model, datamodule, was_resumed).fit()
             session.wait_for_checkpoint()
-        state, log = session.state, session.logger
+        state = self._state = session.state
+        end = "finished" if is_finished else f"{session.stop_reason}: stopped, to go on"
         at = f"epoch {state.global_epoch}, step {state.current_iteration}"
-        if is_finished:
-            log.info("finished at %s", at)
-        else:
-            more = "; the same command goes on from here" if store else ""
-            log.warning("stopped at %s: %s%s", at, session.stop_reason, more)
+        session.logger.info("%s at %s", end, at)
         return is_finished
 
     def _evaluate(
@@ -188,46 +189,19 @@ class Trainer:
         with self._running(model, datamodule, self.test_exceptions) as engine:
             self._set_up_data(engine, datamodule)
             is_test = phase is BatchPhase.TEST
-            find = (
-                datamodule.test_dataloader if is_test else datamodule.valid_dataloader
-            )
-            loader = find()
+            test, valid = datamodule.test_dataloader, datamodule.valid_dataloader
+            loader = test() if is_test else valid()
             if loader is None:
                 raise DataError(f"the DataModule has no {phase.value} data")
+            session = self._make_session(engine, model, datamodule)
             if self._fitted is not model:
                 model._run_setup(engine, for_inference=True)
-                self._load_for_inference(model)
-            session = self._make_session(engine, model, datamodule, None)
-            self._open_logs(session)
+                session.restore_for_inference(self.resume)
+            else:
+                session.state = self._state
+            self._open_logs(session, purge_step=None)
             with stop_on_signals(session.request_stop):
                 return evaluate(session, model, loader[0], phase)
-
-    def _load_for_inference(self, model: Model) -> None:
-        path = None
-        if self.resume not in ("auto", "must", "never"):
-            path = pathlib.Path(self.resume)
-        elif self.chkpt_root is not None:
-            store = CheckpointStore(pathlib.Path(self.chkpt_root) / model.save_name)
-            path = store.find_last(get_root_logger().warning)
-        if path is None:
-            model.load_for_testing()
-            return
-        get_root_logger().info("loaded %s", path.name)
-        state = read_checkpoint(path).tree("training")["model"]
-        model._call_for_inference(model.load_state_dict, True, state)
-
-    def _open_store(self, model: Model) -> CheckpointStore | None:
-        if self.chkpt_root is None:
-            return None
-        root = pathlib.Path(self.chkpt_root) / model.save_name
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=root):
-                return CheckpointStore(root)
-        except OSError as error:
-            raise CheckpointError(
-                f"`chkpt_root` cannot be written to ({error}); choose another folder"
-            ) from error
 
     def _set_up_data(self, engine: Engine, datamodule: DataModule) -> None:
         datamodule._begin(self)
@@ -240,25 +214,21 @@ class Trainer:
         rng.seed_rngs(self.seed)
 
     def _make_session(
-        self,
-        engine: Engine,
-        model: Model,
-        datamodule: DataModule,
-        store: CheckpointStore | None,
+        self, engine: Engine, model: Model, datamodule: DataModule
     ) -> Session:
-        stateful = {f"callback_{i}": c for i, c in enumerate(self.callbacks)}
+        store = None
+        if self.chkpt_root is not None:
+            store = CheckpointStore(pathlib.Path(self.chkpt_root) / model.save_name)
+        identity = {"train_data": datamodule.identity(), **engine.identity()}
+        identity["deterministic"] = self.enable_deterministic
+        own = [c for c in self.callbacks if overridden([c], Callback.state_dict)]
+        callbacks = {f"callback_{i}": c for i, c in enumerate(own)}
         self._session = model._session = Session(
             engine,
             model=model,
-            parts={"data": datamodule, **stateful},
+            parts={"data": datamodule, **callbacks},
             schedule=self._make_schedule(engine.accumulation_steps),
-            identity={
-                "train_data": datamodule.identity(),
-                "accumulation_steps": engine.accumulation_steps,
-                "mixed_precision": engine.mixed_precision,
-                "device_type": engine.device.type,
-                "deterministic": self.enable_deterministic,
-            },
+            identity=identity,
             store=store,
             keep_last=self.keep_last,
             async_save=self.async_save,
@@ -267,40 +237,29 @@ class Trainer:
         return self._session
 
     def _make_schedule(self, accumulation_steps: int) -> Schedule:
-        unit = self.train_unit
-        return Schedule(
-            unit=TrainingUnit.from_str(unit) if isinstance(unit, str) else unit,
-            # Tests need no end.
-            total_steps=1 if self.total_steps is None else self.total_steps,
-            valid_frequency=self.valid_frequency,
-            chkpt_frequency=self.chkpt_frequency,
-            print_frequency=self.print_frequency,
-            accumulation_steps=accumulation_steps,
-            early_stop_cycles=self.early_stop_cycles,
-        )
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Schedule)}
+        values["train_unit"] = TrainingUnit.from_str(self.train_unit)
+        values["accumulation_steps"] = accumulation_steps
+        if self.total_steps is None:  # tests need no end
+            values["total_steps"] = math.inf
+        return Schedule(**values)
 
-    def _open_logs(self, session: Session) -> None:
+    def _open_logs(self, session: Session, *, purge_step: int | None) -> None:
         root = self.run_path or self.log_root
         if self.enable_tensorboard and root is not None and session.engine.is_main:
-            folder = pathlib.Path(root) / self.run_name
-            session.writer = open_writer(folder, session.state.current_iteration)
+            session.writer = open_writer(pathlib.Path(root) / self.run_name, purge_step)
         if self.log_with is not None:
             session.engine.accelerator.init_trackers(self.run_name)
 
     @contextlib.contextmanager
     def _running(
-        self,
-        model: Model,
-        datamodule: DataModule,
-        silent: Sequence[type[BaseException]],
+        self, model: Model, datamodule: DataModule, silent: Sequence[Any]
     ) -> Iterator[Engine]:
         """The surroundings of a run: engine, logs, flags, the exception rule."""
         if not isinstance(model, Model):
             raise TypeError(f"`model` must be a helios.Model, got {model!r}")
         if not isinstance(datamodule, DataModule):
-            raise TypeError(
-                f"`datamodule` must be a helios.DataModule, got {datamodule!r}"
-            )
+            raise TypeError(f"`datamodule` must be a DataModule, got {datamodule!r}")
         engine = self.engine = self._make_engine()
         self.model, self._datamodule = model, datamodule
         model.trainer = datamodule.trainer = self
@@ -311,9 +270,6 @@ class Trainer:
             text_logging(file, engine.rank, self.capture_warnings) as log,
             torch_flags(self.enable_cudnn_benchmark, self.enable_deterministic),
         ):
-            if self.print_banner:
-                banner = f"Helios {fingerprint.summary()}: {engine.summary()}"
-                log.info("%s", model.append_to_banner(banner))
             try:
                 yield engine
             except BaseException as error:

@@ -2,8 +2,8 @@
 
 A comparison calls ``helios(task)``: ``task.model`` is trained on ``task.dataset`` for
 ``task.steps`` steps of 32 samples, shuffled, with ``task.optimizer()``. With
-``task.features`` there are a progress bar, the loss to TensorBoard every 50 steps, and a
-checkpoint every 500 steps in the background, all below ``task.folder``.
+``task.features`` there are a progress bar, the loss to TensorBoard every 50 steps,
+and a checkpoint every 500 steps in the background, all below ``task.folder``.
 """
 
 NOTE = "in-memory data are gathered a batch at a time"
@@ -11,8 +11,9 @@ NOTE = "in-memory data are gathered a batch at a time"
 
 def helios(task):
     # Imported here: only the process that runs this contender can import Helios.
-    import helios as library
     from torch.nn.functional import cross_entropy
+
+    import helios as library
 
     class Data(library.DataModule):
         def setup(self):

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from helios.session import Session
-
-__all__ = ["Callback", "overridden"]
-
-P = ParamSpec("P")
-C = TypeVar("C", bound="Callback")
 
 
 class Callback:
@@ -48,7 +43,7 @@ class Callback:
         """When values are written to the loggers."""
 
     def on_checkpoint_saved(self, session: Session, path: pathlib.Path) -> None:
-        """When a checkpoint is safely on the disk."""
+        """When a checkpoint is safely on the disk; called by the writer's thread."""
 
     def on_training_end(self, session: Session) -> None:
         """After the last step of a run."""
@@ -65,15 +60,9 @@ class Callback:
 
 
 def overridden(
-    callbacks: Sequence[Callback], hook: Callable[P, None]
-) -> list[Callable[..., None]]:
-    """The bound methods of those callbacks that have a hook of their own.
-
-    ``hook`` is the empty method, as in ``Callback.on_log``.
-    """
+    callbacks: Sequence[Callback], hook: Callable[..., Any]
+) -> list[Callable[..., Any]]:
+    """The bound methods of those callbacks that have a ``hook`` of their own."""
     name = hook.__name__
-    return [
-        cast(Callable[..., None], getattr(callback, name))
-        for callback in callbacks
-        if getattr(type(callback), name) is not hook
-    ]
+    own = [c for c in callbacks if getattr(type(c), name) is not hook]
+    return [getattr(callback, name) for callback in own]

@@ -13,41 +13,37 @@ from helios.state import TrainingUnit
 if TYPE_CHECKING:
     from helios.session import Session
 
-__all__ = ["ProgressBar"]
-
 
 class ProgressBar(Callback):
-    """A bar for training and one for each validation, on a terminal's standard error.
-
-    Training in epochs shows the batches of each epoch; training in iterations shows
-    the steps of the run. The values logged last stand behind it.
-    """
+    """A bar on a terminal, with the values logged last, and one for each validation."""
 
     def __init__(self) -> None:
-        self._bar = self._valid = tqdm(disable=True)
+        self._bar: tqdm[Any] = tqdm(disable=True)
+        self._valid: tqdm[Any] = self._bar
 
     def on_training_start(self, session: Session) -> None:
-        if session.schedule.unit is TrainingUnit.ITERATION:
-            total, done = session.schedule.total_steps, session.state.current_iteration
-            self._bar = _open(session, "training", "step", total, done)
+        # None: off where standard error is not a terminal.
+        disable = None if session.engine.is_main else True
+        self._bar = tqdm(disable=disable, leave=False, dynamic_ncols=True)
+        total, done = session.schedule.total_steps, session.state.current_iteration
+        self._is_by_epoch = session.schedule.train_unit is TrainingUnit.EPOCH
+        if not self._is_by_epoch:
+            self._begin("training", None if total == math.inf else total, done)
 
     def on_training_epoch_start(self, session: Session) -> None:
-        if session.schedule.unit is TrainingUnit.EPOCH:
-            self._bar.close()
-            state, total = session.state, session.schedule.total_steps
-            of = "" if total == math.inf else f"/{total}"
-            title = f"epoch {state.global_epoch + 1}{of}"
-            batches = session.batches_per_epoch
-            self._bar = _open(session, title, "batch", batches, state.dataset_iter)
+        if self._is_by_epoch:
+            title = f"epoch {session.state.global_epoch + 1}"
+            done = session.state.dataset_iter
+            self._begin(title, session.batches_per_epoch, done)
 
     def on_training_batch_end(self, session: Session) -> None:
-        if session.schedule.unit is TrainingUnit.EPOCH:
-            self._bar.update()
-        else:
-            self._bar.update(session.state.current_iteration - self._bar.n)
+        state = session.state
+        done = state.dataset_iter if self._is_by_epoch else state.current_iteration
+        self._bar.update(done - self._bar.n)
 
     def on_validation_start(self, session: Session) -> None:
-        self._valid = _open(session, "validation", "batch", session.valid_batches)
+        total, disable = session.valid_batches, self._bar.disable
+        self._valid = tqdm(desc="validation", total=total, leave=False, disable=disable)
 
     def on_validation_batch_end(self, session: Session, step: int) -> None:
         self._valid.update()
@@ -56,7 +52,8 @@ class ProgressBar(Callback):
         self._valid.close()
 
     def on_log(self, session: Session, values: dict[str, float]) -> None:
-        self._bar.set_postfix(values, refresh=False)
+        if session.state.global_iteration:
+            self._bar.set_postfix(values, refresh=False)
 
     def on_training_end(self, session: Session) -> None:
         self._bar.close()
@@ -65,17 +62,7 @@ class ProgressBar(Callback):
         self._valid.close()
         self._bar.close()
 
-
-def _open(
-    session: Session, title: str, unit: str, total: float | None, done: int = 0
-) -> Any:
-    return tqdm(
-        desc=title,
-        unit=unit,
-        total=None if total == math.inf else total,
-        initial=done,
-        leave=False,
-        dynamic_ncols=True,
-        # None: off where standard error is not a terminal.
-        disable=None if session.engine.is_main else True,
-    )
+    def _begin(self, title: str, total: float | None, done: int) -> None:
+        self._bar.set_description(title, refresh=False)
+        self._bar.reset(total)
+        self._bar.initial = self._bar.n = self._bar.last_print_n = done

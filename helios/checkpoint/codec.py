@@ -1,20 +1,16 @@
 """The codec: a tree to plain JSON data and named tensors, and back, without pickle.
 
-Plain data are JSON values. ``None``, bools, ints of 64 bits, finite floats, strings,
-lists, and dicts with string keys stand for themselves. Everything else is an object of
-two members, ``{"$": tag, "v": payload}``; a tensor is
-``{"$": "tensor", "v": [file, name]}``, with its dtype third where it is stored as
-another one.
-
-Not kept: whether two places hold the same *list* or *dict* (tensors are kept the same),
-attributes set on a dict, strides, ``requires_grad``, the device, and ``Parameter``,
-which comes back as a plain tensor. numpy arrays come back in C order.
+``None``, bools, ints, finite floats, strings, lists, and dicts with string keys stand
+for themselves. Everything else is ``{"$": tag, "v": payload}``; a tensor's payload is
+``[file, name]``. Not kept: strides, devices, ``requires_grad``, and whether two places
+hold the same list or dict; tensors that are the same view come back as one.
 """
 
-import itertools
+import base64
 import math
 import re
-from collections import OrderedDict, defaultdict
+import struct
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -22,48 +18,70 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from helios.checkpoint.tensorfile import CODES
-from helios.checkpoint.types import DTYPES, FROM_TREE, TO_TREE, qualified_name
 from helios.errors import CheckpointCorruptError, UnstorableError
 
-__all__ = ["Encoder", "Json", "decode"]
-
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
-Tensors: TypeAlias = Mapping[str, Mapping[str, Tensor]]
+Path: TypeAlias = tuple[str | int, ...]
 
-_MAX_DEPTH = 100  # four JSON levels each at most, within the parser's limit of 1000
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_MAX_DEPTH = 100
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
-_DICTS: dict[str, Callable[[dict[Any, Any]], object]] = {
-    "dict": lambda made: made,
-    "OrderedDict": OrderedDict,
-    "defaultdict": lambda made: defaultdict(None, made),
+_DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+_TENSORS = (Tensor, torch.nn.Parameter)
+# The dtypes are those that safetensors both writes and reads.
+_NUMBERS = r"bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_e[45]\w+|complex64"
+_STORABLE = re.compile(rf"torch\.({_NUMBERS}), torch\.strided")
+
+
+def _to_array(tree: list[Any]) -> Any:
+    dtype = np.dtype(tree[0])
+    if dtype.kind not in "biufc":
+        raise ValueError(f"numpy values of dtype {dtype} have no stored form")
+    return tree[2].numpy().view(dtype).reshape(tree[1])
+
+
+def _from_array(value: Any) -> list[Any]:
+    if value.dtype.kind not in "biufc":
+        raise ValueError(f"it has the dtype {value.dtype}")
+    data = np.array(value, order="C").reshape(-1).view(np.uint8)
+    return [value.dtype.str, list(value.shape), torch.from_numpy(data)]
+
+
+#: By type: its tag, what turns a value into a tree, and what turns that back.
+_CODES: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
+    # The ints, floats and dicts here are those that JSON cannot hold.
+    int: ("int", hex, lambda v: int(v, 16)),
+    float: ("float", struct.Struct("<d").pack, lambda v: struct.unpack("<d", v)[0]),
+    complex: ("complex", lambda v: [v.real, v.imag], lambda v: complex(*v)),
+    bytes: ("bytes", lambda v: base64.b64encode(v).decode(), base64.b64decode),
+    tuple: ("tuple", list, tuple),
+    dict: ("dict", list, dict),
+    OrderedDict: ("OrderedDict", list, OrderedDict),
+    set: ("set", list, set),
+    torch.dtype: ("dtype", str, lambda v: _DTYPES[v]),
+    torch.device: ("device", str, torch.device),
+    torch.Size: ("size", list, torch.Size),
+    np.ndarray: ("array", _from_array, _to_array),
+    np.generic: ("number", _from_array, lambda v: _to_array(v)[()]),
 }
-# Dtypes that safetensors does not know, stored as reals or (packed ones) as bytes.
-_STORED_AS_OTHER = {"torch.complex32", "torch.complex128", "torch.float4_e2m1fn_x2"}
+_BACK = {tag: back for tag, _, back in _CODES.values()}
 
 
 class Encoder:
-    """Encodes the trees of one checkpoint.
+    """Encodes the trees of one checkpoint; a tensor that is in several is stored once.
 
     Attributes:
-        files: The tensors found, by file and name: the live ones, detached, not copies.
-        aliases: By file, the other names under which a tensor of that file was met,
-            each with the name it is stored under. As the metadata of a file it is what
-            `safetensors.torch.save_model` writes.
+        files: the tensors by file and by name, which is the path to the tensor.
+        aliases: by file, the further names of tensors that are stored under another.
     """
 
     def __init__(self) -> None:
         self.files: dict[str, dict[str, Tensor]] = {}
         self.aliases: dict[str, dict[str, str]] = {}
-        # The tensor is kept so that no other one can come to lie at its address.
-        self._places: dict[object, tuple[Tensor, list[str]]] = {}
-        self._active: set[int] = set()
+        # The tensor itself too, so that its address is not used again.
+        self._places: dict[Any, tuple[str, str, Tensor]] = {}
 
     def encode(self, tree: object, *, file: str) -> Json:
-        """Encodes `tree`; tensors that have no place yet get one in `file`.
-
-        The tensors must not change until they are written or copied.
+        """Encode ``tree``; tensors that have no place yet get one in ``file``.
 
         Raises:
             UnstorableError: naming the path of a value that has no stored form.
@@ -72,198 +90,93 @@ class Encoder:
         self.aliases.setdefault(file, {})
         return self._encode(tree, (), file)
 
-    def _encode(self, value: Any, path: tuple[object, ...], file: str) -> Json:
+    def _encode(self, value: Any, path: Path, file: str) -> Json:
         kind = type(value)
-        if (
-            value is None
-            or kind is bool
-            or _is_small(value)
-            or (kind is float and math.isfinite(value))
-            or (kind is str and not _SURROGATE.search(value))
-        ):
+        is_finite = kind is float and math.isfinite(value)
+        if value is None or kind in (bool, str) or is_finite or _is_small(value):
             return value  # type: ignore[no-any-return]  # mypy does not follow `kind`
         if isinstance(value, Tensor):
-            return self._tensor(value, path, file)
-        if id(value) in self._active:
-            raise _refusal(path, "contains itself", "break the cycle")
-        if len(self._active) >= _MAX_DEPTH:
-            raise _refusal(
-                path, "is nested too deep", f"stay below {_MAX_DEPTH} levels"
-            )
-        self._active.add(id(value))
-        try:
-            if kind is list:
-                return [self._encode(v, (*path, i), file) for i, v in enumerate(value)]
-            if kind in (dict, OrderedDict, defaultdict):
-                return self._dict(value, path, file)
-            return self._other(value, path, file)
-        finally:
-            self._active.discard(id(value))
-
-    def _dict(self, value: dict[Any, Any], path: tuple[object, ...], file: str) -> Json:
-        if getattr(value, "default_factory", None) is not None:
-            raise _refusal(path, "is a defaultdict with a factory", "make it a dict")
-        values = [self._encode(v, (*path, key), file) for key, v in value.items()]
-        if type(value) is dict and all(_is_plain_key(key) for key in value):
-            return dict(zip(value, values, strict=True))
-        keys = [self._encode(key, (*path, key), file) for key in value]
-        pairs: list[Json] = [list(pair) for pair in zip(keys, values, strict=True)]
-        return _tagged(type(value).__name__, pairs)
-
-    def _other(self, value: Any, path: tuple[object, ...], file: str) -> Json:
-        kind = type(value)
-        if isinstance(value, np.generic) and kind is value.dtype.type:
+            return {"$": "tensor", "v": list(self._tensor(value, path, file))}
+        if len(path) > _MAX_DEPTH:
+            raise _refusal(path, "is nested too deep, or contains itself")
+        if kind is list:
+            return [self._encode(v, (*path, i), file) for i, v in enumerate(value)]
+        if kind is dict and all(type(key) is str and key != "$" for key in value):
+            return {k: self._encode(v, (*path, k), file) for k, v in value.items()}
+        if isinstance(value, np.generic) and not isinstance(value, np.void):
             kind = np.generic
-        if kind not in TO_TREE:
-            raise _refusal(path, f"is of the type {qualified_name(kind)}")
-        tag, to_tree = TO_TREE[kind]
+        if kind not in _CODES:
+            raise _refusal(path, f"is a {kind.__module__}.{kind.__qualname__}")
+        tag, to_tree, _ = _CODES[kind]
         try:
             tree = to_tree(value)
-        except Exception as error:
-            raise _refusal(path, f"gives no tree ({error})", "correct that") from error
-        return _tagged(tag, self._encode(tree, path, file))
+        except ValueError as error:
+            raise _refusal(path, f"cannot be stored: {error}") from error
+        if kind in (dict, OrderedDict):  # paths name keys, not pairs
+            payload: list[Json] = []
+            for n, (key, v) in enumerate(value.items()):
+                at = (*path, key if type(key) is str or _is_small(key) else f"key {n}")
+                payload.append([self._encode(key, at, file), self._encode(v, at, file)])
+            return {"$": tag, "v": payload}
+        return {"$": tag, "v": self._encode(tree, path, file)}
 
-    def _tensor(self, tensor: Tensor, path: tuple[object, ...], file: str) -> Json:
-        if type(tensor) not in (Tensor, torch.nn.Parameter):
-            kind = qualified_name(type(tensor))
-            raise _refusal(path, f"is of the type {kind}", "make it a plain tensor")
-        if tensor.layout is not torch.strided or tensor.is_nested:
-            raise _refusal(path, "is a sparse or nested tensor", "make it dense")
-        as_other = str(tensor.dtype) in _STORED_AS_OTHER
-        if tensor.dtype not in CODES and not as_other:
-            raise _refusal(path, f"is a tensor of {tensor.dtype}", "convert it")
+    def _tensor(self, tensor: Tensor, path: Path, file: str) -> tuple[str, str]:
+        form, is_plain = f"{tensor.dtype}, {tensor.layout}", type(tensor) in _TENSORS
+        if not is_plain or not _STORABLE.fullmatch(form):
+            raise _refusal(path, f"is a {type(tensor).__qualname__} of {form}")
         address = tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor)
-        if tensor.is_meta or not address:
-            raise _refusal(path, "is a tensor without data", "materialize it first")
-        key = (
-            *(tensor.device, address, tensor.storage_offset(), tensor.shape),
-            *(tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()),
-        )
+        if tensor.is_nested or tensor.is_meta or not address:
+            raise _refusal(path, "is a nested tensor, or one without data")
+        shape = (tensor.storage_offset(), tensor.shape, tensor.stride())
+        lazy = (tensor.is_conj(), tensor.is_neg())
+        key = (tensor.device, address, *shape, tensor.dtype, *lazy)
+        name = _UNSAFE.sub("_", ".".join(map(str, path))) or "value"
         if key in self._places:
-            place = self._places[key][1]
-            if place[0] == file and _joined(path) != place[1]:
-                self.aliases[file][_joined(path)] = place[1]
-            return _tagged("tensor", [*place])
-        place = [file, self._new_name(path, file)]
-        stored = tensor.detach()
-        if as_other:
-            place.append(str(tensor.dtype))
-            if tensor.is_complex():
-                stored = torch.view_as_real(stored.resolve_conj().resolve_neg())
-            else:
-                stored = stored.view(torch.uint8)
-        self.files[file][place[1]] = stored
-        self._places[key] = (tensor, place)
-        return _tagged("tensor", [*place])
-
-    def _new_name(self, path: tuple[object, ...], file: str) -> str:
-        first = name = _joined(path)
-        numbers = itertools.count(1)
+            home, first, _ = self._places[key]
+            if home == file and first != name:
+                self.aliases[file][name] = first
+            return home, first
         while name in self.files[file] or name == "__metadata__":
-            name = f"{first}~{next(numbers)}"
-        return name
+            name = f"{name}~{len(self.files[file])}"
+        self.files[file][name] = tensor.detach().resolve_conj().resolve_neg()
+        self._places[key] = (file, name, tensor)
+        return file, name
 
 
-def decode(plain: object, tensors: Tensors) -> Any:
-    """Rebuilds the tree that `Encoder.encode` was given.
-
-    Args:
-        plain: What `encode` returned, or what JSON made of that.
-        tensors: The tensors by file and name. The tree gets these, not copies; every
-            reference to one gets the same object.
+def decode(plain: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    """Rebuild the tree that :meth:`Encoder.encode` was given, of these tensors.
 
     Raises:
-        CheckpointCorruptError: if `plain` is not what `encode` makes, in any way.
+        CheckpointCorruptError: ``plain`` is not what ``encode`` makes, in any way.
     """
     try:
-        return _decode(plain, tensors, {})
-    except CheckpointCorruptError:
-        raise
+        return _decode(plain, tensors)
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointCorruptError(f"a stored tree is malformed: {reason}") from error
+        raise CheckpointCorruptError(f"a tree is malformed: {error!r}") from error
 
 
-def _decode(node: Any, tensors: Tensors, seen: dict[tuple[str, ...], Tensor]) -> Any:
-    if node is None or type(node) in (bool, int, float, str):
-        return node
+def _decode(node: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
     if type(node) is list:
-        return [_decode(item, tensors, seen) for item in node]
-    if type(node) is not dict or not all(type(key) is str for key in node):
-        raise CheckpointCorruptError(f"a stored tree holds a {type(node).__name__}")
+        return [_decode(item, tensors) for item in node]
+    if type(node) is not dict:
+        return node
     if "$" not in node:
-        return {key: _decode(value, tensors, seen) for key, value in node.items()}
-    if node.keys() != {"$", "v"}:
-        raise CheckpointCorruptError(
-            "a stored tree holds a tag and no payload, or more"
-        )
+        return {key: _decode(value, tensors) for key, value in node.items()}
     tag, payload = node["$"], node["v"]
     if tag == "tensor":
-        return _find_tensor(payload, tensors, seen)
-    value = _decode(payload, tensors, seen)
-    if tag in _DICTS:
-        made = dict(value)
-        if len(made) != len(value):
-            raise CheckpointCorruptError("a stored dict has a key twice")
-        return _DICTS[tag](made)
-    if tag not in FROM_TREE:
-        raise CheckpointCorruptError(
-            f"a stored value has the unknown type {tag!r}; if it is one of yours, call "
-            "`helios.checkpoint.register_type` before loading"
-        )
-    return FROM_TREE[tag][1](value)
-
-
-def _find_tensor(
-    place: list[str], tensors: Tensors, seen: dict[tuple[str, ...], Tensor]
-) -> Tensor:
-    file, name, *dtype = place
-    if file not in tensors or name not in tensors[file]:
-        raise CheckpointCorruptError(f"tensor {name!r} of file {file!r} is not loaded")
-    if not dtype:
+        file, name = payload
         return tensors[file][name]
-    if tuple(dtype) not in {(other,) for other in _STORED_AS_OTHER}:
-        raise CheckpointCorruptError(f"tensor {name!r} is said to be of {dtype}")
-    if tuple(place) not in seen:
-        made_of = tensors[file][name]
-        if DTYPES[dtype[0]].is_complex:
-            made_of = torch.view_as_complex(made_of)
-        seen[tuple(place)] = made_of.view(DTYPES[dtype[0]])
-    return seen[tuple(place)]
-
-
-def _joined(path: tuple[object, ...]) -> str:
-    """The name for the tensor at `path`: in plain state dicts that of the parameter."""
-    parts = (
-        str(part) if isinstance(part, str) or _is_small(part) else "key"
-        for part in path
-    )
-    return _UNSAFE.sub("_", ".".join(parts)) or "value"
-
-
-def _refusal(
-    path: tuple[object, ...],
-    what: str,
-    remedy: str = "register it with `helios.checkpoint.register_type`",
-) -> UnstorableError:
-    text = ""
-    for part in path:
-        is_name = isinstance(part, str) and part.isidentifier()
-        text += f".{part}" if is_name else f"[{repr(part)[:60]}]"
-    return UnstorableError(
-        f"`{text.removeprefix('.') or 'the tree'}` {what}: it cannot be stored in a "
-        f"checkpoint; {remedy}, or return it from `user_state_dict` in another form"
-    )
-
-
-def _tagged(tag: str, payload: Json) -> Json:
-    return {"$": tag, "v": payload}
+    return _BACK[tag](_decode(payload, tensors))
 
 
 def _is_small(value: object) -> bool:
-    return type(value) is int and -(2**63) <= value < 2**63
+    return type(value) is int and value.bit_length() < 64
 
 
-def _is_plain_key(key: object) -> bool:
-    # JSON would read two lone surrogates in a row as one character.
-    return type(key) is str and key != "$" and not _SURROGATE.search(key)
+def _refusal(path: Path, what: str) -> UnstorableError:
+    parts = [f".{p}" if str(p).isidentifier() else f"[{p!r:.60}]" for p in path]
+    where = "".join(parts).removeprefix(".") or "the tree"
+    return UnstorableError(
+        f"`{where}` {what}: it has no stored form; leave "
+        "it out of the state, or return it from `user_state_dict` in another form"
+    )

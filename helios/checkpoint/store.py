@@ -1,62 +1,71 @@
-"""Folders of checkpoints: written as a whole, found, retained.
+"""Folders of checkpoints: written as a whole, verified, found, retained.
 
-A folder is written under a name that begins with a dot, its record last, and then
-renamed. `created` rises from one checkpoint of a store to the next, whatever the clock
-does: it is their order. What changes the disk goes through `open`, `os` and `shutil` of
-this module only: there tests inject faults.
+A checkpoint is a folder of safetensors files and ``helios.json``, written last::
+
+    {"checksum": "crc32:<8 hex digits>", "record": <record>}
+
+The checksum is that of the record's bytes as they stand there. The record is::
+
+    {"format": 1, "created": "<UTC time>", "progress": {...}, "identity": {...},
+     "trees": {"<group>": <plain data of the codec>},
+     "files": {"<name>.safetensors": {"size_bytes": n, "checksum": "crc32:..."}}}
+
+``created`` rises from one checkpoint of a folder to the next, whatever the clock does:
+the order of checkpoints. A folder whose name begins with a dot is being written or
+deleted. The disk is written to through ``os``, ``open``, ``shutil`` and ``save_file``
+of this module only: there tests inject faults.
 """
 
-import builtins
 import json
 import os
 import re
 import shutil
-import socket
-import time
 import uuid
 import zlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeAlias
 
+import safetensors.torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from helios.checkpoint.reader import (
-    CHUNK_BYTES,
-    FORMAT,
-    RECORD,
-    SUFFIX,
-    FileRecord,
-    check_name,
-    find_problems,
-    is_checkpoint,
-    read_record,
+from helios.checkpoint.codec import decode
+from helios.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
 )
-from helios.checkpoint.tensorfile import pack
-from helios.errors import CheckpointError
 
-__all__ = ["CheckpointInfo", "CheckpointStore", "find_last_checkpoint"]
+FORMAT = 1
+RECORD = "helios.json"
+SUFFIX = ".safetensors"
+_ENVELOPE = re.compile(
+    rb'\{"checksum": "crc32:([0-9a-f]{8})", "record": (\{.*\})\}\n', re.DOTALL
+)
+_NAME = re.compile(r"(?!\.)[^/\0]+(?<!\.replaced)")
+# What reading any file may raise. MemoryError, say, does not tell of a damaged one.
+_DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
-_STALE_S = 3600.0  # after which a silent writer on another host counts as dead
-_TEMPORARY = re.compile(r"\.helios-(\d+)-[0-9a-f]{32}-(.*)")
+Report: TypeAlias = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class CheckpointInfo:
-    """One folder as `CheckpointStore.list` finds it.
-
-    Attributes:
-        created: From the record, or when the folder was changed if that is unreadable.
-        record: Without ``trees``; empty if it is unreadable.
-        problem: Why the record cannot be used, or None. Other files are not looked at.
-    """
+class Checkpoint:
+    """A checkpoint; its tensors, by file and name, are in memory of their own."""
 
     path: Path
-    created: datetime
-    record: dict[str, Any] = field(repr=False)
-    problem: str | None = None
+    record: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+    def tree(self, group: str) -> Any:
+        """Decode one group. It gets the tensors themselves: decode it once."""
+        if group not in self.record["trees"]:
+            raise CheckpointError(f"{self.path} has no {group!r}")
+        return decode(self.record["trees"][group], self.tensors)
 
 
 class CheckpointStore:
@@ -64,21 +73,16 @@ class CheckpointStore:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self._last_created: datetime | None = None
 
     def begin(self, name: str) -> Path:
-        """Makes the folder to write into, and removes what dead writers left behind.
-
-        Any rank may then `write_file` into it; the one that began it commits it.
-        """
-        check_name(name)
-        if not self.root.exists():
-            os.makedirs(self.root, exist_ok=True)
-            _sync_folder(self.root.parent)
-        for entry in _folders(self.root):
-            if _is_litter(entry):
-                shutil.rmtree(entry, ignore_errors=True)
-        folder = self.root / _temporary_name()
+        """Make the folder to write into; remove what dead writers left behind."""
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"`name` must be that of a plain folder, got {name!r}")
+        os.makedirs(self.root, exist_ok=True)
+        aside = [p for p in self.root.glob("*.replaced") if p.with_suffix("").exists()]
+        for litter in (*self.root.glob(".helios-*"), *aside):
+            shutil.rmtree(litter, ignore_errors=True)
+        folder = self.root / f".helios-{uuid.uuid4().hex}"
         os.mkdir(folder)
         return folder
 
@@ -87,160 +91,138 @@ class CheckpointStore:
         folder: Path,
         file: str,
         tensors: Mapping[str, Tensor],
-        metadata: Mapping[str, str] | None = None,
-    ) -> FileRecord:
-        """Writes ``<file>.safetensors`` and waits until it is on the disk."""
-        check_name(file)
-        checksum = size_bytes = 0
-        with open(folder / f"{file}{SUFFIX}", "xb") as out:
-            for data in pack(tensors, metadata or {}):
-                for begin in range(0, len(data), CHUNK_BYTES):
-                    chunk = data[begin : begin + CHUNK_BYTES]
-                    checksum = zlib.crc32(chunk, checksum)
-                    size_bytes += len(chunk)
-                    out.write(chunk)
-            _sync(out)
-        return {"size_bytes": size_bytes, "checksum": f"crc32:{checksum:08x}"}
+        aliases: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """Write ``<file>.safetensors`` to the disk; the tensors share no memory."""
+        path = folder / f"{file}{SUFFIX}"
+        contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        try:
+            save_file(contents, path, metadata=dict(aliases or {}) or None)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        checksum = 0
+        with open(path, "rb") as written:
+            os.fchmod(written.fileno(), folder.stat().st_mode & 0o666)  # not 0600
+            while chunk := written.read(1 << 20):
+                checksum = zlib.crc32(chunk, checksum)
+            os.fsync(written.fileno())
+            return {"size_bytes": written.tell(), "checksum": f"crc32:{checksum:08x}"}
 
     def commit(self, folder: Path, name: str, record: Mapping[str, Any]) -> Path:
-        """Makes `folder` the checkpoint `name`, in the place of one of that name.
+        """Make ``folder`` the checkpoint ``name``, in the place of one of that name.
 
-        Args:
-            folder: From `begin`.
-            name: The checkpoint's name.
-            record: ``trees``, ``files`` (by name without suffix: what `write_file`
-                returned, of all ranks), and whatever else the record is to hold.
+        ``record`` has ``trees``, ``files`` (by name without suffix, what
+        :meth:`write_file` returned, of all ranks), and what else it is to hold.
         """
-        check_name(name)
         files = {f"{file}{SUFFIX}": entry for file, entry in record["files"].items()}
-        for file, entry in files.items():
-            if os.stat(folder / file).st_size != entry["size_bytes"]:
-                raise CheckpointError(f"{folder / file} is not what was written to it")
-        created = self._new_created()
-        defaults = {"progress": {}, "world_size": 1, "versions": {}}
-        content = {"format": FORMAT, "created": created.isoformat(), **defaults}
-        content |= {**record, "files": files}
-        body = json.dumps(content, allow_nan=False).encode()
+        after = [at + timedelta(microseconds=1) for _, at in self._scan() if at]
+        now = max([datetime.now(UTC), *after])
+        head = {"format": FORMAT, "created": now.isoformat()}
+        # Not escaped: JSON takes two escaped lone surrogates for one character.
+        text = json.dumps({**head, **record, "files": files}, ensure_ascii=False)
+        body = text.encode(errors="surrogatepass")
         with open(folder / RECORD, "xb") as out:
-            head = f'{{"checksum": "crc32:{zlib.crc32(body):08x}", "record": '
-            out.write(head.encode() + body + b"}\n")
-            _sync(out)
+            checksum = b"crc32:%08x" % zlib.crc32(body)
+            out.write(b'{"checksum": "%s", "record": %s}\n' % (checksum, body))
+            out.flush()
+            os.fsync(out.fileno())
         _sync_folder(folder)
-        final = self.root / name
-        aside = f"{name}.replaced-"  # no dot: until the new one is there, it counts
+        final, aside = self.root / name, self.root / f"{name}.replaced"
         if final.exists():
-            os.rename(final, self.root / f"{aside}{uuid.uuid4().hex}")
+            os.rename(final, aside)  # no dot: until the new one is there, it counts
         os.rename(folder, final)
         _sync_folder(self.root)
-        self._last_created = created
-        for entry in _folders(self.root):
-            if entry.name.startswith(aside):
-                self._remove(entry)
+        if aside.exists():
+            self._remove(aside)
         return final
 
-    def list(self) -> list[CheckpointInfo]:
-        """All checkpoints, newest first, those without a usable record too."""
-        paths = (p for p in _folders(self.root) if not p.name.startswith("."))
-        infos = [_info(path) for path in paths if is_checkpoint(path)]
-        return sorted(infos, key=lambda info: info.created, reverse=True)
+    def list(self) -> Sequence[Path]:
+        """The checkpoints with a readable record, newest first."""
+        found = [(at, path) for path, at in self._scan() if at is not None]
+        return [path for _, path in sorted(found, reverse=True)]
 
-    def verify(self, path: Path) -> builtins.list[str]:
-        """The problems of one checkpoint: every file is read. None: it is whole."""
-        return find_problems(Path(path), deep=True)
+    def find_last(self, report: Report = lambda why: None) -> Path | None:
+        """The newest checkpoint that is whole; ``report`` hears why others are not."""
+        damaged = [path for path, at in self._scan() if at is None]
+        for path in (*damaged, *self.list()):
+            try:
+                return read_checkpoint(path).path
+            except CheckpointError as error:
+                report(f"skipped the checkpoint {path.name}: {error}")
+        return None
 
-    def find_last(self, report: Callable[[str], None]) -> Path | None:
-        """The newest checkpoint that is whole; `report` hears why others are not."""
-        return _first_whole(self.list(), report)
+    def prune(self, keep_last: int) -> None:
+        """Delete all but the newest ``keep_last``, unread: call it after a commit."""
+        assert keep_last >= 1
+        for path in self.list()[keep_last:]:
+            self._remove(path)
 
-    def prune(self, keep_last: int) -> builtins.list[Path]:
-        """Deletes all but the newest `keep_last` whole ones, and damaged newer ones.
-
-        Here "whole" is judged by the record and the sizes of the files. Folders whose
-        record cannot be read are left alone. Returns what was deleted.
-        """
-        if keep_last < 1:
-            raise ValueError(f"`keep_last` must be >= 1, got {keep_last}")
-        kept, deleted = 0, []
-        for info in self.list():
-            if kept >= keep_last and info.problem is None:
-                self._remove(info.path)
-                deleted.append(info.path)
-            elif not find_problems(info.path, deep=False):
-                kept += 1
-        return deleted
+    def _scan(self) -> Iterator[tuple[Path, datetime | None]]:
+        """Each checkpoint, and when it was made; None: its record cannot be read."""
+        for path in sorted(self.root.glob("[!.]*/")):
+            try:
+                if not path.is_symlink():  # another name, such as "latest"
+                    yield path, _read_record(path)["created"]
+            except CheckpointNotFoundError:
+                continue
+            except CheckpointError:
+                yield path, None
 
     def _remove(self, path: Path) -> None:
-        doomed = self.root / _temporary_name()  # half a folder is no checkpoint
+        doomed = self.root / f".helios-{uuid.uuid4().hex}"  # never half of one
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
-    def _new_created(self) -> datetime:
-        if self._last_created is None:
-            created = (i.created for i in self.list() if i.problem is None)
-            self._last_created = max(created, default=datetime.min.replace(tzinfo=UTC))
-        return max(datetime.now(UTC), self._last_created + timedelta(microseconds=1))
+
+def find_last_checkpoint(root: str | Path) -> Path | None:
+    """The newest whole checkpoint in ``root`` and its direct subfolders."""
+    folders = [Path(root), *Path(root).glob("[!.]*/")]
+    found = [path for path in (CheckpointStore(f).find_last() for f in folders) if path]
+    return max(found, key=lambda path: _read_record(path)["created"], default=None)
 
 
-def find_last_checkpoint(
-    root: str | Path, report: Callable[[str], None] = lambda reason: None
-) -> Path | None:
-    """The newest whole checkpoint in `root` and its direct subfolders."""
-    folders = [Path(root), *_folders(Path(root))]
-    infos = [info for folder in folders for info in CheckpointStore(folder).list()]
-    return _first_whole(infos, report)
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: ``path`` is none.
+        CheckpointCorruptError: a file of it is missing, truncated or altered.
+    """
+    path, tensors = Path(path), {}
+    record = _read_record(path)
+    for name, entry in record["files"].items():
+        try:
+            if Path(name).name != name:
+                raise ValueError("it is a file elsewhere")
+            data = (path / name).read_bytes()
+            size, checksum = len(data), f"crc32:{zlib.crc32(data):08x}"
+            if entry != {"size_bytes": size, "checksum": checksum}:
+                raise ValueError("it is truncated or altered")
+            tensors[name.removesuffix(SUFFIX)] = safetensors.torch.load(data)
+        except (*_DAMAGE, SafetensorError) as error:
+            raise CheckpointCorruptError(f"{path / name}: {error}") from error
+    return Checkpoint(path, record, tensors)
 
 
-def _info(path: Path) -> CheckpointInfo:
+def _read_record(path: Path) -> dict[str, Any]:
     try:
-        record = read_record(path)
-    except CheckpointError as error:
-        modified = path.stat().st_mtime if path.exists() else 0.0
-        return CheckpointInfo(
-            path, datetime.fromtimestamp(modified, UTC), {}, str(error)
-        )
-    del record["trees"]
-    return CheckpointInfo(path, datetime.fromisoformat(record["created"]), record)
-
-
-def _first_whole(
-    infos: Iterable[CheckpointInfo], report: Callable[[str], None]
-) -> Path | None:
-    for info in sorted(infos, key=lambda info: info.created, reverse=True):
-        problems = (
-            [info.problem] if info.problem else find_problems(info.path, deep=True)
-        )
-        if not problems:
-            return info.path
-        report(f"checkpoint {info.path.name} is passed over: {'; '.join(problems)}")
-    return None
-
-
-def _folders(root: Path) -> list[Path]:
-    try:
-        with os.scandir(root) as entries:
-            return [Path(e.path) for e in entries if e.is_dir(follow_symlinks=False)]
-    except OSError:  # not there, or not ours to read
-        return []
-
-
-def _temporary_name() -> str:
-    return f".helios-{os.getpid()}-{uuid.uuid4().hex}-{socket.gethostname()}"
-
-
-def _is_litter(path: Path) -> bool:
-    match = _TEMPORARY.fullmatch(path.name)
-    if match is None:
-        return False
-    if match[2] == socket.gethostname():
-        if int(match[1]) == os.getpid() or not os.path.exists(f"/proc/{match[1]}"):
-            return True
-    times = [item.stat().st_mtime for item in (path, *path.iterdir())]
-    return time.time() - max(times) > _STALE_S
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        if not any(path.glob(f"*{SUFFIX}")) and not (path / RECORD).exists():
+            raise CheckpointNotFoundError(f"{path} is not the folder of a checkpoint")
+        parts = _ENVELOPE.fullmatch((path / RECORD).read_bytes())
+        if parts is None or parts[1] != b"%08x" % zlib.crc32(parts[2]):
+            raise ValueError("it is truncated or altered")
+        record: dict[str, Any] = json.loads(parts[2])
+        if record["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {record['format']}, not {FORMAT}: Helios is too old"
+            )
+        created = datetime.fromisoformat(record["created"])
+        record["created"] = created.replace(tzinfo=UTC)
+        if not all(type(record[key]) is dict for key in ("trees", "files", "progress")):
+            raise ValueError("`trees`, `files` or `progress` is of another type")
+    except _DAMAGE as error:
+        raise CheckpointCorruptError(f"{path / RECORD}: {error}") from error
+    return record
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,8 +5,6 @@ import click
 from helios._version import __version__
 from helios.cli.env import env
 
-__all__ = ["main"]
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="helios")

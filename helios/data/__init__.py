@@ -1,28 +1,13 @@
 """Where samples come from, in which order, and with which random numbers."""
 
-from helios.data.datamodule import DataModule, Dataset
-from helios.data.loader import (
-    DataLoaderParams,
-    ResumableDataLoader,
-    create_dataloader,
-)
+from helios.data.datamodule import DataModule as DataModule
+from helios.data.datamodule import Dataset as Dataset
+from helios.data.loader import DataLoaderParams as DataLoaderParams
+from helios.data.loader import ResumableDataLoader as ResumableDataLoader
+from helios.data.loader import create_dataloader as create_dataloader
+from helios.data.samplers import ResumableRandomSampler as ResumableRandomSampler
+from helios.data.samplers import ResumableSampler as ResumableSampler
+from helios.data.samplers import ResumableSamplerType as ResumableSamplerType
 from helios.data.samplers import (
-    ResumableDistributedSampler,
-    ResumableRandomSampler,
-    ResumableSampler,
-    ResumableSamplerType,
-    ResumableSequentialSampler,
+    ResumableSequentialSampler as ResumableSequentialSampler,
 )
-
-__all__ = [
-    "DataLoaderParams",
-    "DataModule",
-    "Dataset",
-    "ResumableDataLoader",
-    "ResumableDistributedSampler",
-    "ResumableRandomSampler",
-    "ResumableSampler",
-    "ResumableSamplerType",
-    "ResumableSequentialSampler",
-    "create_dataloader",
-]

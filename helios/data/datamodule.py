@@ -7,11 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from helios.data.loader import (
-    DataLoaderParams,
-    ResumableDataLoader,
-    create_dataloader,
-)
+from helios.data.loader import DataLoaderParams, ResumableDataLoader, create_dataloader
 from helios.data.samplers import ResumableSampler
 from helios.errors import DataError
 from helios.rng import derive_key, get_default_seed
@@ -19,7 +15,6 @@ from helios.rng import derive_key, get_default_seed
 if TYPE_CHECKING:
     from helios.trainer import Trainer
 
-__all__ = ["DataModule", "Dataset"]
 
 Params: TypeAlias = DataLoaderParams | Mapping[str, Any] | None
 
@@ -98,25 +93,15 @@ class DataModule(abc.ABC):
         return self._loader(self._test_dataset, _TEST)
 
     def get_train_steps_per_epoch(self) -> int:
-        """Steps (optimizer updates) an epoch of the current training phase.
-
-        Raises:
-            DataError: there are no training data, or their length is not known.
-        """
+        """Steps (optimizer updates) an epoch of the current training phase."""
         found = self.train_dataloader()
         if found is None or found[0].batches_per_epoch is None:
             raise DataError("there are no training data with a length")
-        engine = self.trainer.engine
-        return -(
-            -found[0].batches_per_epoch // (engine.accumulation_steps if engine else 1)
-        )
+        window = self.trainer.engine.accumulation_steps if self.trainer.engine else 1
+        return -(-found[0].batches_per_epoch // window)
 
     def advance_train_phase(self) -> bool:
-        """Go on to the next training phase.
-
-        Returns:
-            False if there is none.
-        """
+        """Go on to the next training phase; False if there is none."""
         if self._phase + 1 >= len(self._train_phases):
             return False
         self._phase += 1
@@ -129,25 +114,20 @@ class DataModule(abc.ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put :meth:`state_dict` back."""
 
-    def identity(self) -> dict[str, list[Any]]:
-        """What the order of the training samples depends on, a list entry a phase."""
-        phases = self._train_phases or [self._train_dataset]
-        out: dict[str, list[Any]] = {}
-        for number, phase in enumerate(phases):
-            loader = self._loader(phase, _TRAIN, number)
+    def identity(self) -> dict[str, Any]:
+        """What the order of the training samples depends on."""
+        facts: dict[str, Any] = {}
+        for i, phase in enumerate(self._train_phases or [self._train_dataset]):
+            loader = self._loader(phase, _TRAIN, i)
             if loader is None or phase is None:
                 continue
-            ranks = self._ranks()["world_size"]
-            facts = {
-                "samples": loader[0].num_samples,
-                "global_batch": phase.params.batch_size * ranks,
-                "sampler": type(loader[1]).__name__,
-                "drop_last": phase.params.drop_last,
-                "seed": self._seed(phase, _TRAIN, number),
-            }
-            for name, value in facts.items():
-                out.setdefault(name, []).append(value)
-        return out
+            batch = phase.params.batch_size * self._ranks()["world_size"]
+            facts[f"samples of phase {i}"] = loader[0].num_samples
+            facts[f"global batch of phase {i}"] = batch
+            facts[f"sampler of phase {i}"] = type(loader[1]).__name__
+            facts[f"drop_last of phase {i}"] = phase.params.drop_last
+            facts[f"seed of phase {i}"] = self._seed(phase, _TRAIN, i)
+        return facts
 
     def _create_dataset(self, dataset: Any, params: Params = None) -> Dataset:
         """A data set with a copy of its parameters."""
@@ -193,5 +173,8 @@ class DataModule(abc.ABC):
         if data is None:
             return None
         seed = self._seed(data, split, phase)
-        own = {"random_seed": None, **self._ranks()}  # its seed is in ours
+        own: dict[str, Any] = {
+            "random_seed": None,
+            **self._ranks(),
+        }  # its seed is in ours
         return create_dataloader(data.dataset, data.params, seed=seed, **own)

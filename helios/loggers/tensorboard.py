@@ -5,8 +5,6 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
-__all__ = ["NullWriter", "get_tensorboard_writer", "open_writer"]
-
 
 class NullWriter:
     """Takes every call of a ``SummaryWriter`` and does nothing."""
@@ -23,13 +21,10 @@ def get_tensorboard_writer() -> Any:
     return _current
 
 
-def open_writer(folder: pathlib.Path | None, step: int = 0) -> Any:
+def open_writer(folder: pathlib.Path | None, purge_step: int | None = None) -> Any:
     """Make the current writer; the null one for ``None``.
 
-    Args:
-        folder: of the run's events.
-        step: the last step that stands: what an earlier process wrote of later steps,
-            after its last checkpoint, is hidden by TensorBoard.
+    TensorBoard hides what earlier processes wrote of ``purge_step`` and later ones.
     """
     global _current
     if folder is None:
@@ -38,5 +33,5 @@ def open_writer(folder: pathlib.Path | None, step: int = 0) -> Any:
         # Imported here: it takes longer than the rest of Helios together.
         from torch.utils.tensorboard import SummaryWriter
 
-        _current = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+        _current = SummaryWriter(str(folder), purge_step=purge_step)
     return _current

@@ -1,16 +1,16 @@
 """The root logger: the console and, if asked, a file that a resumed run continues."""
 
-from __future__ import annotations
-
 import logging
 import pathlib
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
-__all__ = ["get_root_logger", "text_logging"]
+# tqdm's own lock is shared with loader workers: one that is killed would keep it.
+tqdm.set_lock(threading.RLock())
 
 
 class _ConsoleHandler(logging.Handler):
@@ -34,33 +34,26 @@ def text_logging(
     The console shows the main rank's lines and every rank's warnings. The file is
     appended to; each other rank writes to one of its own, with its number in the name.
     """
-    logger, label = get_root_logger(), f" [rank {rank}]" if rank else ""
-    before = logger.level, logger.propagate, logger.handlers
-    handlers: list[logging.Handler] = [
-        _ConsoleHandler(logging.WARNING if rank else logging.INFO)
-    ]
-    formats = [logging.Formatter(f"%(asctime)s{label} %(message)s", "%H:%M:%S")]
+    logger, warned = get_root_logger(), logging.getLogger("py.warnings")
+    before = logger.propagate, logger.handlers, warned.handlers
+    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    handlers[0].setLevel(logging.WARNING if rank else logging.INFO)
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         path = file.with_suffix(f".rank_{rank}{file.suffix}") if rank else file
-        path.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(path, encoding="utf-8"))
-        formats.append(
-            logging.Formatter(f"%(asctime)s %(levelname)s{label} %(message)s")
-        )
-    for handler, formatter in zip(handlers, formats, strict=True):
-        handler.setFormatter(formatter)
+        form = "%(asctime)s %(levelname)s %(message)s"
+        handlers[1].setFormatter(logging.Formatter(form))
     logger.setLevel(logging.INFO)
     logger.propagate, logger.handlers = False, handlers
     if capture_warnings:
         logging.captureWarnings(True)
-        logging.getLogger("py.warnings").handlers = handlers
+        warned.handlers = handlers
     try:
         yield logger
     finally:
-        if capture_warnings:
-            logging.captureWarnings(False)
-            logging.getLogger("py.warnings").handlers = []
-        logger.setLevel(before[0])
-        _, logger.propagate, logger.handlers = before
+        logging.captureWarnings(False)
+        logger.propagate, logger.handlers, warned.handlers = before
         for handler in handlers:
             handler.close()

@@ -18,8 +18,6 @@ from torch import nn
 from helios.engine import inner_optimizer, is_scheduler
 from helios.errors import ResumeError
 
-__all__ = ["Holdings", "find", "replace"]
-
 Unwrap: TypeAlias = Callable[[nn.Module], nn.Module]
 
 
@@ -27,10 +25,10 @@ Unwrap: TypeAlias = Callable[[nn.Module], nn.Module]
 class Holdings:
     """What was found among a model's attributes, each by its path."""
 
-    networks: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    networks: dict[str, Any] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     optimizers: dict[str, Any] = dataclasses.field(default_factory=dict)
     schedulers: dict[str, Any] = dataclasses.field(default_factory=dict)
-    parameters: dict[str, nn.Parameter] = dataclasses.field(default_factory=dict)
     others: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def trainable(self) -> list[nn.Parameter]:
@@ -42,20 +40,20 @@ class Holdings:
                 found += group["params"]
         return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
 
-    def weights(self, unwrap: Unwrap) -> dict[str, dict[str, Any]]:
-        """The state of the networks that have any, under their own names."""
-        states = {k: unwrap(v).state_dict() for k, v in self.networks.items()}
-        return {k: v for k, v in states.items() if v}
-
-    def capture(self, unwrap: Unwrap) -> dict[str, Any]:
-        """The state of everything, as a tree of live tensors."""
+    def _stateful(self, unwrap: Unwrap) -> dict[str, dict[str, Any]]:
+        networks = {k: unwrap(v) for k, v in self.networks.items()}
         return {
-            "networks": self.weights(unwrap),
-            "parameters": {k: v.detach() for k, v in self.parameters.items()},
-            "optimizers": {k: v.state_dict() for k, v in self.optimizers.items()},
-            "schedulers": {k: v.state_dict() for k, v in self.schedulers.items()},
-            "others": {k: _capture(v) for k, v in self.others.items()},
+            **vars(self),
+            "networks": {k: v for k, v in networks.items() if _get(v)},
         }
+
+    def capture(self, unwrap: Unwrap) -> dict[str, dict[str, Any]]:
+        """The state of everything, by kind and path, as a tree of live tensors.
+
+        That of the networks is under their own names.
+        """
+        kinds = self._stateful(unwrap)
+        return {kind: {k: _get(v) for k, v in kinds[kind].items()} for kind in kinds}
 
     def restore(
         self, tree: Mapping[str, Any], unwrap: Unwrap, for_inference: bool = False
@@ -65,29 +63,28 @@ class Holdings:
         Raises:
             ResumeError: the model holds more or less than what was saved.
         """
-        networks = {k: v for k, v in self.networks.items() if unwrap(v).state_dict()}
-        kinds = [networks, self.parameters]
-        if not for_inference:
-            kinds += [self.optimizers, self.schedulers, self.others]
-        for (kind, saved), have in zip(tree.items(), kinds, strict=False):
-            if set(saved) != set(have):
+        kinds = self._stateful(unwrap)
+        for kind in ("networks", "parameters") if for_inference else kinds:
+            have, saved = kinds[kind], tree[kind]
+            left_over = set() if for_inference else set(saved) - set(have)
+            if left_over or set(have) - set(saved):
                 raise ResumeError(
                     f"the model holds the {kind} {sorted(have)}, and the checkpoint "
                     f"{sorted(saved)}; resume with the code that saved it, or start "
                     'afresh with `resume="never"`'
                 )
-            for path, state in saved.items():
+            for path, value in have.items():
                 try:
-                    _restore(
-                        unwrap(have[path]) if have is networks else have[path], state
-                    )
+                    _set(value, saved[path])
                 except (RuntimeError, ValueError) as error:
                     raise ResumeError(
                         f"what was saved does not fit the model's `{path}`: {error}"
                     ) from error
 
 
-def _capture(value: Any) -> Any:
+def _get(value: Any) -> Any:
+    if isinstance(value, nn.Parameter):
+        return value.detach()
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, np.random.Generator):
@@ -95,7 +92,7 @@ def _capture(value: Any) -> Any:
     return value.getstate() if isinstance(value, random.Random) else value.state_dict()
 
 
-def _restore(value: Any, state: Any) -> None:
+def _set(value: Any, state: Any) -> None:
     if isinstance(value, nn.Parameter):
         value.data.copy_(state)
     elif isinstance(value, torch.Generator):
@@ -135,19 +132,18 @@ def find(attributes: Mapping[str, Any]) -> Holdings:
     found belongs to that one.
     """
     holdings, seen = Holdings(), set[int]()
-    kinds: list[tuple[Callable[[Any], bool], dict[str, Any]]] = [
-        (lambda v: isinstance(v, nn.Module), holdings.networks),
-        (lambda v: isinstance(v, torch.optim.Optimizer), holdings.optimizers),
-        (is_scheduler, holdings.schedulers),
-        (lambda v: isinstance(v, nn.Parameter), holdings.parameters),
-        (_has_state, holdings.others),
-    ]
     for name, attribute in attributes.items():
         for path, value in _walk(attribute, name, seen):
-            for is_kind, place in kinds:
-                if is_kind(value):
-                    place[path] = value
-                    break
+            if isinstance(value, nn.Module):
+                holdings.networks[path] = value
+            elif isinstance(value, torch.optim.Optimizer):
+                holdings.optimizers[path] = value
+            elif is_scheduler(value):
+                holdings.schedulers[path] = value
+            elif isinstance(value, nn.Parameter):
+                holdings.parameters[path] = value
+            elif _has_state(value):
+                holdings.others[path] = value
     nets = holdings.networks
     inside = {id(m) for net in nets.values() for m in net.modules() if m is not net}
     holdings.networks = {k: v for k, v in nets.items() if id(v) not in inside}

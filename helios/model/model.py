@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import enum
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 
 from helios.engine import Engine
 from helios.model import holdings
-from helios.state import TrainingState
+from helios.state import TrainingState, check_name
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from helios.session import Session
     from helios.trainer import Trainer
 
-__all__ = ["BatchPhase", "Model"]
 
 #: The attributes that are Helios's.
 _OWN = ("trainer", "_engine", "_session")
@@ -44,13 +42,8 @@ class Model(abc.ABC):
     them. ``train_step`` is an ordinary step: forward, ``self.backward(loss)``,
     ``optimizer.step()``, ``optimizer.zero_grad()``.
 
-    Every hook may be left out; one that is not overridden costs nothing.
-
-    Args:
-        save_name: the name of the model's checkpoints.
-
-    Raises:
-        ValueError: ``save_name`` is not a plain file name.
+    Every hook may be left out. ``save_name``, a plain file name, is that of the
+    checkpoints' folder.
     """
 
     trainer: Trainer
@@ -58,9 +51,7 @@ class Model(abc.ABC):
     _session: Session | None = None
 
     def __init__(self, save_name: str) -> None:
-        name = save_name
-        if not isinstance(name, str) or not name or "/" in name or name[0] == ".":
-            raise ValueError(f"`save_name` must be a plain file name, got {name!r}")
+        check_name("save_name", save_name)
         self.save_name = save_name
         self._loss_items: dict[str, Any] = {}
         self._running_losses: dict[str, Any] = {}
@@ -101,11 +92,8 @@ class Model(abc.ABC):
         return self._engine.local_rank if self._engine else 0
 
     @property
-    def map_loc(self) -> str | dict[str, str]:
+    def map_loc(self) -> str:
         """A ``map_location`` for ``torch.load``."""
-        kind = self.device.type
-        if self.is_distributed and kind != "cpu":
-            return {f"{kind}:0": f"{kind}:{self.rank}"}
         return str(self.device)
 
     @property
@@ -114,7 +102,7 @@ class Model(abc.ABC):
         return {}
 
     @property
-    def amp_context(self) -> contextlib.AbstractContextManager[Any]:
+    def amp_context(self) -> Any:
         """The same as :meth:`autocast`."""
         return self.autocast()
 
@@ -173,13 +161,10 @@ class Model(abc.ABC):
         """
         if not self._loss_items:
             return
-        for name, value in self._loss_items.items():
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                self._loss_items[name] = value.detach()
-        if self.is_distributed:
-            self._loss_items = self.engine.reduce_mean(self._loss_items)
-        running = self._running_losses
-        for name, value in self._loss_items.items():
+        items, running = self.engine.reduce_mean(self._loss_items), self._running_losses
+        for name, value in items.items():
+            value = value.detach() if isinstance(value, torch.Tensor) else value
+            self._loss_items[name] = value
             running[name] = running[name] + value if name in running else value
 
     def on_validation_start(self, validation_cycle: int) -> None:
@@ -265,37 +250,26 @@ class Model(abc.ABC):
 
     def trained_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What to publish: the networks' weights, by the network's attribute."""
-        return self._holdings().weights(self.unwrap)
+        return self._holdings().capture(self.unwrap)["networks"]
 
     # Thin calls.
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The run's mixed precision, for what stands outside of a network."""
-        if self._engine is None:
-            return contextlib.nullcontext()
-        context: contextlib.AbstractContextManager[Any] = self.accelerator.autocast()
-        return context
+    def autocast(self) -> Any:
+        """The context of the run's precision, for what stands outside of a network."""
+        return self.accelerator.autocast()
 
     def backward(self, loss: torch.Tensor) -> None:
         """The backward pass, with the scaling of precision and accumulation."""
         self.engine.backward(loss)
 
     def clip_gradients(
-        self,
-        parameters: Iterable[nn.Parameter],
-        optimizer: torch.optim.Optimizer | None,
-        max_norm: float,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
+        self, parameters: Any, optimizer: Any, max_norm: float, **kwargs: Any
+    ) -> Any:
         """Clip to a total norm, and return it; None inside an accumulation window."""
         return self.engine.clip_gradients(parameters, optimizer, max_norm, **kwargs)
 
     def create_scaler(self, dtype: torch.dtype = torch.float16, **_: Any) -> None:
-        """Older projects' gradient scaler, which belongs to Accelerate: a check only.
-
-        Raises:
-            ValueError: the run has another precision.
-        """
+        """Check older projects' precision, whose scaler belongs to Accelerate."""
         name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype)
         if self.engine.mixed_precision != name:
             raise ValueError(
@@ -322,10 +296,9 @@ class Model(abc.ABC):
         assert self._session is not None, "the model is in no run"
         self._session.log(values)
 
-    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+    def gather(self, tensor: torch.Tensor) -> Any:
         """The tensors of all ranks, joined; every rank must call."""
-        gathered: torch.Tensor = self.accelerator.gather(tensor)
-        return gathered
+        return self.accelerator.gather(tensor)
 
     def gather_for_metrics(self, values: Any) -> Any:
         """The values of all ranks without padded duplicates; every rank must call."""
@@ -345,23 +318,13 @@ class Model(abc.ABC):
         """The running losses and scores, which are saved with the run."""
         return {"losses": self._running_losses, "scores": self._val_scores}
 
-    def _light_state(self) -> dict[str, Any]:
-        """The small parts of the state, which a validation may change."""
-        if type(self).state_dict is not Model.state_dict:
-            return {}
-        tree = self.state_dict()
-        return {name: tree[name] for name in ("schedulers", "others", "user")}
-
     def _run_setup(self, engine: Engine, *, for_inference: bool) -> None:
         """Call ``setup``, prepare what it made, and put that in its place."""
         self._engine = engine
         self._call_for_inference(self.setup, for_inference)
         found = self._holdings()
-        by = engine.prepare(
-            found.networks.values(),
-            list(found.optimizers.values()),
-            found.schedulers.values(),
-        )
+        kinds = (found.networks, found.optimizers, found.schedulers)
+        by = engine.prepare(*(list(kind.values()) for kind in kinds))
         for parameter in found.parameters.values():
             parameter.data = parameter.data.to(engine.device)
         for name, value in vars(self).items():
@@ -373,8 +336,5 @@ class Model(abc.ABC):
         method: Callable[..., None], for_inference: bool, *args: Any
     ) -> None:
         """Pass the flag under the name that the user's method has for it, if any."""
-        names = inspect.signature(method).parameters
-        for name in {"for_inference", "fast_init"} & set(names):
-            method(*args, **{name: for_inference})
-            return
-        method(*args)
+        names = {"for_inference", "fast_init"} & {*inspect.signature(method).parameters}
+        method(*args, **dict.fromkeys(names, for_inference))

@@ -36,7 +36,9 @@ class Outcome:
 
 def run(root, *callbacks, data=None, **options):
     model = RandomModel()
-    is_finished, recorder = train(model, RandomData(**(data or {})), root, *callbacks, **options)
+    is_finished, recorder = train(
+        model, RandomData(**(data or {})), root, *callbacks, **options
+    )
     return is_finished, model, recorder
 
 
@@ -78,16 +80,12 @@ def every_batch(count):
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
 def test_stop_at_any_batch_of_a_run_in_epochs(tmp_path, accumulation_steps):
-    check(
-        tmp_path, every_batch(20), accumulation_steps=accumulation_steps, **EPOCHS
-    )
+    check(tmp_path, every_batch(20), accumulation_steps=accumulation_steps, **EPOCHS)
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 def test_stop_at_any_batch_of_a_run_in_steps(tmp_path, accumulation_steps):
-    check(
-        tmp_path, every_batch(17), accumulation_steps=accumulation_steps, **STEPS
-    )
+    check(tmp_path, every_batch(17), accumulation_steps=accumulation_steps, **STEPS)
 
 
 def test_stop_at_every_batch_one_after_the_other(tmp_path):
@@ -103,17 +101,15 @@ def test_stop_during_any_validation(tmp_path):
     check(tmp_path, stops, **EPOCHS)
 
 
-def test_stop_during_the_same_validation_twice_then_inside_the_next_epoch(tmp_path):
-    chain = [StopAt(validation=1), StopAt(validation=1, valid_step=1), StopAt(batch=12)]
+def test_stop_during_two_validations_then_inside_the_next_epoch(tmp_path):
+    chain = [StopAt(validation=1), StopAt(validation=2, valid_step=1), StopAt(batch=17)]
     check(tmp_path, [chain], accumulation_steps=2, **EPOCHS)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_resumes_exactly(tmp_path, precision):
     stops = [[StopAt(batch=batch)] for batch in (0, 3, 7)]
-    check(
-        tmp_path, stops, mixed_precision=precision, accumulation_steps=2, **EPOCHS
-    )
+    check(tmp_path, stops, mixed_precision=precision, accumulation_steps=2, **EPOCHS)
 
 
 class Phased(RandomModel):
@@ -151,7 +147,10 @@ def test_workers_may_change_at_a_resume(tmp_path):
     stop = StopAt(batch=7)
     recorder = RecordingCallback()
     trainer = helios.Trainer(
-        callbacks=[recorder, stop], chkpt_root=tmp_path / "parts", use_cpu=True, **EPOCHS
+        callbacks=[recorder, stop],
+        chkpt_root=tmp_path / "parts",
+        use_cpu=True,
+        **EPOCHS,
     )
     assert not trainer.fit(first, RandomData(num_workers=2))
     second = RandomModel()
@@ -232,6 +231,7 @@ def test_run_that_ended_for_want_of_improvement_stays_ended(tmp_path):
     model = Worse()
     is_finished, _ = train(model, RandomData(), tmp_path, **options)
     again = Worse()
-    assert is_finished and len(model.ids) == 10
+    assert is_finished
+    assert len(model.ids) == 10
     assert train(again, RandomData(), tmp_path, **options)[0]
     assert digest(again.state_dict()) == digest(model.state_dict())

@@ -1,4 +1,4 @@
-"""Small models: one that records ids, one random in every way, one that traces hooks."""
+"""Small models: one records ids, one is random in every way, one traces hooks."""
 
 import random
 

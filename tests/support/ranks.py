@@ -16,7 +16,8 @@ def run_ranks(script, ranks, *args, cwd, timeout_s=120):
         *("--nproc-per-node", str(ranks), str(script), *map(str, args)),
     ]
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    env = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([os.path.dirname(tests), tests])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command,
         cwd=cwd,

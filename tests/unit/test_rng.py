@@ -191,6 +191,10 @@ def test_isolations_nest():
             assert draws() == expected
         np.random.standard_normal()
     assert draws() == outer
+    with isolated_rng(1):
+        with isolated_rng(2):
+            draws()
+        assert draws() == expected
 
 
 def test_isolation_ends_with_an_exception():

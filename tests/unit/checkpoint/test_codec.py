@@ -1,12 +1,11 @@
 import collections
 import contextlib
-import datetime
 import enum
 import json
 import struct
 import warnings
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helios.checkpoint import Encoder, decode, register_type
-from helios.checkpoint.tensorfile import CODES
+from helios.checkpoint import Encoder, decode
 from helios.errors import CheckpointCorruptError, UnstorableError
 
 FEW = settings(
@@ -25,17 +23,14 @@ FEW = settings(
     max_examples=150,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-TORCH_DTYPES = [*CODES, torch.complex128]
+TORCH_DTYPES = [
+    *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.complex64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.float8_e4m3fn, torch.float8_e4m3fnuz),
+    *(torch.float8_e5m2, torch.float8_e5m2fnuz),
+]
 NUMPY_DTYPES = ["?", "i1", "<u2", ">i4", "<i8", "<f2", ">f4", "<f8", "<c8", ">c16"]
-
-
-class Color(enum.Enum):
-    RED = "red"
-
-
-@dataclass
-class Box:
-    value: Any
 
 
 class Pair(NamedTuple):
@@ -43,14 +38,12 @@ class Pair(NamedTuple):
     right: int
 
 
-register_type(Color, "Color", lambda color: color.value, Color)
-register_type(Box, "Box", vars, lambda tree: Box(**tree))
-
-
 def through_json(tree: Any) -> Any:
     encoder = Encoder()
-    plain = encoder.encode(tree, file="f")
-    return decode(json.loads(json.dumps(plain, allow_nan=False)), encoder.files)
+    # As the store does it.
+    text = json.dumps(encoder.encode(tree, file="f"), ensure_ascii=False)
+    plain = json.loads(text.encode(errors="surrogatepass"))
+    return decode(plain, encoder.files)
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -70,14 +63,12 @@ def assert_same(a: Any, b: Any) -> None:
         assert struct.pack("dd", a.real, a.imag) == struct.pack("dd", b.real, b.imag)
     elif isinstance(a, dict):
         assert_same(list(a.items()), list(b.items()))
-    elif isinstance(a, set | frozenset):
+    elif isinstance(a, set):
         assert_same(sorted(a, key=repr), sorted(b, key=repr))
     elif isinstance(a, list | tuple):
         assert len(a) == len(b)
         for x, y in zip(a, b, strict=True):
             assert_same(x, y)
-    elif isinstance(a, Box):
-        assert_same(a.value, b.value)
     else:
         assert a == b
         assert isinstance(a, int) or repr(a) == repr(b)  # repr of huge ints raises
@@ -108,9 +99,6 @@ def arrays(draw: Any) -> Any:
 
 texts = st.text(st.characters(exclude_categories=()), max_size=5)
 bit_floats = st.binary(min_size=8, max_size=8).map(lambda b: struct.unpack("d", b)[0])
-zones = st.timedeltas(datetime.timedelta(hours=-23), datetime.timedelta(hours=23)).map(
-    datetime.timezone
-)
 keys = st.recursive(
     st.one_of(
         st.none(),
@@ -119,11 +107,9 @@ keys = st.recursive(
         st.floats() | bit_floats,
         texts,
         st.binary(max_size=9),
-        st.sampled_from([Color.RED, "$", "v", torch.bfloat16, PurePosixPath("a/b")]),
+        st.sampled_from(["$", "v", torch.bfloat16, 2**63, -(2**64)]),
     ),
-    lambda inner: (
-        st.lists(inner, max_size=3).map(tuple) | st.frozensets(inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3).map(tuple),
     max_leaves=4,
 )
 leaves = st.one_of(
@@ -131,9 +117,7 @@ leaves = st.one_of(
     tensors(),
     arrays(),
     st.complex_numbers(),
-    st.timedeltas(),
-    st.datetimes(timezones=st.none() | zones),
-    st.sampled_from([Path("x/y"), torch.device("cuda:3"), torch.Size([2, 0])]),
+    st.sampled_from([torch.device("cuda:3"), torch.Size([2, 0])]),
 )
 trees = st.recursive(
     leaves,
@@ -144,7 +128,6 @@ trees = st.recursive(
         st.dictionaries(keys, inner, max_size=3),
         st.dictionaries(keys, inner, max_size=3).map(collections.OrderedDict),
         st.sets(keys, max_size=3),
-        inner.map(Box),
     ),
     max_leaves=12,
 )
@@ -164,23 +147,15 @@ def test_every_dtype_comes_back_from_a_view_with_gaps(dtype: torch.dtype) -> Non
 
 
 def test_conjugated_and_negated_views_are_stored_as_what_they_show() -> None:
-    for dtype in (torch.complex64, torch.complex128):
-        value = torch.tensor([1 + 2j, 3 - 4j], dtype=dtype)
-        got = through_json([value.conj(), value.conj().imag, value])
-        assert got[0].tolist() == [1 - 2j, 3 + 4j]
-        assert got[1].tolist() == [-2.0, 4.0]
-        assert got[2].tolist() == [1 + 2j, 3 - 4j]
-
-
-def test_half_complex_and_packed_floats_come_back() -> None:
-    for name in ("float16", "uint8"):
-        data = torch.tensor([[1, 2], [3, 4]], dtype=getattr(torch, name))
-        other = "complex32" if name == "float16" else "float4_e2m1fn_x2"
-        if hasattr(torch, other):
-            assert_same(
-                data.view(getattr(torch, other)),
-                through_json(data.view(getattr(torch, other))),
-            )
+    value = torch.tensor([1 + 2j, 3 - 4j])
+    encoder = Encoder()
+    tree = [value.conj(), value.conj().imag, value.imag, value]
+    got = decode(encoder.encode(tree, file="f"), encoder.files)
+    assert got[0].tolist() == [1 - 2j, 3 + 4j]
+    assert got[1].tolist() == [-2.0, 4.0]
+    assert got[2].tolist() == [2.0, -4.0]
+    assert got[3].tolist() == [1 + 2j, 3 - 4j]
+    assert not any(t.is_conj() or t.is_neg() for t in encoder.files["f"].values())
 
 
 def test_what_json_would_misread_comes_back() -> None:
@@ -190,14 +165,8 @@ def test_what_json_would_misread_comes_back() -> None:
 
 
 def test_huge_integers_keep_their_value() -> None:
-    tree = {"n": -(7**9000), 10**5000: torch.zeros(1)}
+    tree = {"n": -(7**9000), 10**5000: torch.zeros(1), (10**5000,): 2**63}
     assert_same(tree, through_json(tree))
-
-
-def test_defaultdict_without_factory_keeps_its_type() -> None:
-    got = through_json(collections.defaultdict(None, {1: 2}))
-    assert type(got) is collections.defaultdict
-    assert got == {1: 2}
 
 
 def test_parameter_comes_back_as_a_detached_tensor() -> None:
@@ -221,13 +190,20 @@ def test_names_that_collide_or_are_unsafe_are_made_unique_and_safe() -> None:
     encoder = Encoder()
     plain = encoder.encode(tree, file="f")
     assert_same(tree, decode(plain, encoder.files))
-    names = ["a.b", "a.b~1", "_", "__metadata__~1", "_~1", "value"]
+    names = ["a.b", "a.b~1", "_", "__metadata__~3", "_~4", "value"]
     assert list(encoder.files["f"]) == names
+
+
+def test_a_name_that_looks_like_one_made_unique_is_no_trap() -> None:
+    ones = [torch.full((1,), n) for n in range(4)]
+    tree = {"a.b~2": ones[0], "a": {"b": ones[1]}, "a.b": ones[2], "a.b~2~2": ones[3]}
+    encoder = Encoder()
+    assert_same(tree, decode(encoder.encode(tree, file="f"), encoder.files))
 
 
 def test_tied_tensors_are_stored_once_and_come_back_as_one_object() -> None:
     shared = torch.arange(6.0).reshape(2, 3)
-    half = torch.ones(2, dtype=torch.complex128)
+    half = torch.ones(2, dtype=torch.float16)
     encoder = Encoder()
     model = encoder.encode({"a": shared, "b": shared[:], "h": half}, file="model")
     rest = encoder.encode([shared.detach(), shared.t(), half, [half]], file="training")
@@ -252,7 +228,7 @@ def test_tensors_freed_between_calls_are_not_taken_for_one_another() -> None:
     encoder = Encoder()
     full = [
         encoder.encode(torch.full((3000,), n, dtype=dtype).conj(), file="f")
-        for dtype in (torch.float64, torch.complex128)
+        for dtype in (torch.float64, torch.complex64)
         for n in range(20)
     ]
     empty = [encoder.encode(torch.empty(0), file="f") for _ in range(20)]
@@ -287,25 +263,34 @@ REFUSED = {
                  "optimizer.state[3].hook"),
     "object": (lambda: [0, object()], "[1]"),
     "root": (lambda: object(), "the tree"),
-    "key": (lambda: {"a": {print: 1}}, "a[<built-in function print>]"),
+    "key": (lambda: {"a": {1: 2, print: 1}}, "a['key 1']"),
+    "below a key": (lambda: {"a": {(1, 2): {"b": print}}}, "a['key 0'].b"),
+    "huge number": (lambda: {10**5000: print}, "['key 0']"),
     "meta": (lambda: {"w": torch.ones(2, device="meta")}, "w"),
     "empty meta": (lambda: {"w": torch.ones(0, device="meta")}, "w"),
     "sparse": (lambda: {"w": [torch.ones(2, 2).to_sparse()]}, "w[0]"),
-    "subclass": (lambda: {"w": Box(Sub())}, "w.value"),
+    "subclass": (lambda: {"w": (Sub(),)}, "w[0]"),
     "bits": (lambda: {"w": torch.ones(1).to(torch.uint8).view(torch.bits8)}, "w"),
+    "wide complex": (lambda: {"w": torch.ones(1, dtype=torch.complex128)}, "w"),
+    "frozenset": (lambda: {"c": frozenset([1])}, "c"),
+    "path": (lambda: {"c": Path("x")}, "c"),
+    "enum": (lambda: {"c": Level.LOW, "d": 1}, "c"),
     "dict subclass": (lambda: {"c": collections.Counter("ab")}, "c"),
-    "factory": (lambda: {"c": collections.defaultdict(list)}, "c"),
+    "key subclass": (lambda: {"c": {np.str_("a"): 1}}, "c['key 0']"),
+    "default": (lambda: {"c": collections.defaultdict(list)}, "c"),
     "list subclass": (lambda: {"c": type("L", (list,), {})()}, "c"),
     "str subclass": (lambda: {"c": type("S", (str,), {})("x")}, "c"),
     "int subclass": (lambda: {"c": Level.LOW}, "c"),
     "named tuple": (lambda: {"c": (1, Pair(1, 2))}, "c[1]"),
     "object array": (lambda: {"c": np.array([None])}, "c"),
     "text array": (lambda: {"c": np.array(["a"])}, "c"),
+    "date scalar": (lambda: {"c": np.datetime64("2026-01-01")}, "c"),
+    "record scalar": (lambda: {"c": np.zeros(1, "i4,f4")[0]}, "c"),
     "text scalar": (lambda: {"c": np.str_("a")}, "c"),
     "matrix": (lambda: {"c": np.ma.array([1])}, "c"),
     "module": (lambda: {"net": torch.nn.Linear(1, 1)}, "net"),
-    "cycle": (cyclic, "[1].again"),
-    "depth": (deep, "[0]" * 100),
+    "cycle": (cyclic, "[1].again" * 50 + "[1]"),
+    "depth": (deep, "[0]" * 101),
     "odd name": (lambda: {"a.b": {"x y": print}}, "['a.b']['x y']"),
 }  # fmt: skip
 
@@ -319,45 +304,24 @@ def test_what_cannot_be_stored_is_refused_with_its_path(case: str) -> None:
     assert "user_state_dict" in str(caught.value)
 
 
-def test_freed_storage_and_quantised_tensors_are_refused() -> None:
+def test_tensors_that_safetensors_cannot_write_or_read_are_refused() -> None:
     freed = torch.ones(4)
     freed.untyped_storage().resize_(0)
-    with pytest.raises(UnstorableError, match=r"^`w` is a tensor without data"):
+    with pytest.raises(UnstorableError, match=r"^`w` is .* without data"):
         Encoder().encode({"w": freed}, file="f")
     with warnings.catch_warnings(action="ignore"):  # torch is giving them up
         quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    with pytest.raises(UnstorableError, match=r"^`w` is a tensor of torch.qint8"):
-        Encoder().encode({"w": quantised}, file="f")
-
-
-def test_registering_replaces_its_own_class_and_refuses_another_of_that_name() -> None:
-    register_type(Box, "Box", vars, lambda tree: Box(**tree))
-    with pytest.raises(ValueError, match="Box"):
-        register_type(Pair, "Box", list, lambda tree: Pair(*tree))
-    register_type(Pair, "Pair", list, lambda tree: Pair(*tree))
-    try:
-        assert through_json(Pair(1, 2)) == Pair(1, 2)
-    finally:
-        from helios.checkpoint.types import FROM_TREE, TO_TREE
-
-        del TO_TREE[Pair], FROM_TREE["@Pair"]
-
-
-def test_a_converter_that_raises_is_reported_with_the_path() -> None:
-    register_type(Oops, "Oops", lambda oops: 1 / 0, lambda tree: Oops())
-    with pytest.raises(UnstorableError, match=r"^`a\[0\]` .*division by zero"):
-        Encoder().encode({"a": [Oops()]}, file="f")
-    with pytest.raises(CheckpointCorruptError):
-        decode({"$": "@Color", "v": "no such color"}, {})
-
-
-class Oops:
-    pass
-
-
-def test_an_unknown_type_says_to_register_it() -> None:
-    with pytest.raises(CheckpointCorruptError, match="register_type"):
-        decode({"$": "@Gone", "v": 1}, {})
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(UnstorableError, match=r"^`w` is a nested tensor"):
+        Encoder().encode({"w": nested}, file="f")
+    refused = [quantised]
+    for name in ("complex32", "float8_e8m0fnu", "float4_e2m1fn_x2", "uint4"):
+        if hasattr(torch, name):
+            data = torch.ones(4, dtype=torch.uint8)
+            refused.append(data.view(getattr(torch, name)))
+    for tensor in refused:
+        with pytest.raises(UnstorableError, match=rf"^`w` is .* of {tensor.dtype}"):
+            Encoder().encode({"w": tensor}, file="f")
 
 
 def is_key(value: Any) -> bool:
@@ -365,10 +329,8 @@ def is_key(value: Any) -> bool:
 
 
 TAGS = [
-    *("tensor", "dict", "OrderedDict", "defaultdict", "int", "float", "str", "bytes"),
-    *("complex", "tuple", "set", "frozenset", "path", "pure_path", "timezone"),
-    *("datetime", "timedelta", "dtype", "device", "size", "array", "number", "@Box"),
-    *("@Color", "unheard of"),
+    *("tensor", "dict", "OrderedDict", "int", "float", "bytes", "complex", "tuple"),
+    *("set", "dtype", "device", "size", "array", "number", "unheard of"),
 ]
 FILES = {"f": {"t": torch.arange(4.0), "u": torch.arange(8, dtype=torch.uint8)}}
 junk_leaves = st.one_of(
@@ -388,8 +350,7 @@ junk = st.recursive(
     lambda inner: st.one_of(
         st.lists(inner, max_size=4),
         st.fixed_dictionaries({"$": st.sampled_from(TAGS) | inner, "v": inner}),
-        st.fixed_dictionaries({"dtype": inner, "shape": inner, "data": inner}),
-        st.fixed_dictionaries({"time": inner, "fold": inner, "tzinfo": inner}),
+        st.tuples(st.sampled_from(["<f4", "O"]), inner, inner).map(list),
         st.dictionaries(st.sampled_from(["$", "v", "x"]) | inner.filter(is_key), inner),
     ),
     max_leaves=8,
@@ -403,7 +364,7 @@ def test_malformed_plain_data_are_corrupt_and_nothing_else(plain: Any) -> None:
         decode(plain, FILES)
 
 
-def nodes(plain: Any, path: tuple[Any, ...] = ()) -> Any:
+def nodes(plain: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     yield path
     if isinstance(plain, list | dict):
         items = enumerate(plain) if isinstance(plain, list) else plain.items()
@@ -417,7 +378,7 @@ def test_a_tree_with_one_node_replaced_is_decoded_or_corrupt(
     tree: Any, other: Any, data: Any
 ) -> None:
     encoder = Encoder()
-    plain = [json.loads(json.dumps(encoder.encode(tree, file="f")))]
+    plain: Any = [json.loads(json.dumps(encoder.encode(tree, file="f")))]
     *above, last = data.draw(st.sampled_from([p for p in nodes(plain) if p]))
     node = plain
     for step in above:

@@ -1,33 +1,30 @@
+import contextlib
 import errno
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save_file
 
 from helios.checkpoint import (
+    BackgroundWriter,
     Checkpoint,
     CheckpointStore,
     Encoder,
     find_last_checkpoint,
-    load,
     read_checkpoint,
-    save,
 )
-from helios.checkpoint import reader as reader_module
 from helios.checkpoint import store as store_module
-from helios.checkpoint.tensorfile import CODES, pack, unpack
 from helios.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -42,19 +39,22 @@ def weights(step: int) -> dict[str, Any]:
     return {"w": torch.arange(300.0) + step, "b": torch.full((5,), step)}
 
 
-def write(store: CheckpointStore, name: str, step: int) -> Path:
+def save(store: CheckpointStore, name: str, step: int, /, **trees: Any) -> Path:
+    """A checkpoint of these trees, each with a file of its name."""
     encoder = Encoder()
-    trees = {
-        "model": encoder.encode(weights(step), file="model"),
-        "training": encoder.encode([step, torch.ones(40) * step], file="training"),
-    }
+    plain = {file: encoder.encode(tree, file=file) for file, tree in trees.items()}
     folder = store.begin(name)
     files = {
         file: store.write_file(folder, file, tensors, encoder.aliases[file])
         for file, tensors in encoder.files.items()
     }
-    record = {"trees": trees, "files": files, "progress": {"step": step}}
+    record = {"trees": plain, "files": files, "progress": {"step": step}}
     return store.commit(folder, name, record)
+
+
+def write(store: CheckpointStore, name: str, step: int) -> Path:
+    training = [step, torch.ones(40) * step]
+    return save(store, name, step, model=weights(step), training=training)
 
 
 def step_of(path: Path | None) -> int:
@@ -83,50 +83,71 @@ def unexpected(reason: str) -> None:
 # What is written.
 
 
-def test_a_saved_tree_is_loaded_again(tmp_path: Path) -> None:
-    tree = {"a": (1, torch.ones(2)), 3: [float("inf")]}
-    got = load(save(tmp_path / "new" / "one", tree))
+def test_saved_trees_are_loaded_again(tmp_path: Path) -> None:
+    tree = {"a": (1, torch.ones(2)), 3: [float("inf")], "e": torch.empty(0, 2)}
+    tied = {"b": tree["a"][1], "array": np.arange(3.0)}  # type: ignore[index]
+    path = save(CheckpointStore(tmp_path / "new"), "one", 1, x=tree, y=tied)
+    checkpoint = read_checkpoint(str(path))
+    got, other = checkpoint.tree("x"), checkpoint.tree("y")
     assert got["a"][1].equal(torch.ones(2))
+    assert got["a"][1] is other["b"]
     assert got[3] == [float("inf")]
+    assert got["e"].shape == (0, 2)
+    got["a"][1].zero_()
+    other["array"][:] = 0  # both may be written to
 
 
-def test_an_unstorable_tree_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(UnstorableError):
-        save(tmp_path / "one", print)
-    assert list(tmp_path.iterdir()) == []
+def test_what_json_would_misread_comes_back_from_the_disk(tmp_path: Path) -> None:
+    pair = "\ud83d" + "\ude00"  # two characters, which JSON takes for one
+    tree = {pair: pair, "\udcff": "\ud83d", "\U0001f600\0\n": ["$"], "n": 9**9999}
+    path = save(CheckpointStore(tmp_path), "one", 1, x=tree)
+    assert read_checkpoint(path).tree("x") == tree
 
 
-@pytest.mark.parametrize("dtype", CODES, ids=str)
-def test_safetensors_reads_every_dtype_bit_for_bit(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
-    data = (torch.arange(6 * 4 * dtype.itemsize) % 2).to(torch.uint8).view(dtype)
-    tensors = {"m": data.reshape(6, 4)[::2].t(), "s": data[1], "e": data[:0]}
-    tensors |= {"odd": torch.ones(3, dtype=torch.int8), "z": torch.zeros(1).double()}
+def test_tensors_of_every_dtype_come_back_from_the_disk(tmp_path: Path) -> None:
+    data = torch.arange(32, dtype=torch.uint8) % 2
+    every = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
+    tree, encoder = {}, Encoder()
+    for name, dtype in every.items():
+        with contextlib.suppress(UnstorableError, RuntimeError):
+            encoder.encode(data.view(dtype), file="x")
+            tree[name] = data.clone().view(dtype)
+    path = save(CheckpointStore(tmp_path), "one", 1, x=tree)
+    assert len(tree) == 18
+    for name, tensor in read_checkpoint(path).tree("x").items():
+        assert tensor.dtype is every[name]
+        assert tensor.view(torch.uint8).equal(data)
+
+
+def test_safetensors_reads_tensors_that_are_views(tmp_path: Path) -> None:
+    data = torch.arange(24.0).reshape(4, 6)
+    tree = {"t": data[::2].t(), "row": data[1], "none": data[:0], "one": data[0, 0]}
+    tree |= {"wide": torch.ones(1).expand(3), "int8": torch.ones(3, dtype=torch.int8)}
+    encoder = Encoder()
+    encoder.encode(tree, file="f")
     store = CheckpointStore(tmp_path)
     folder = store.begin("x")
-    store.write_file(folder, "f", tensors, {"key": "value"})
+    store.write_file(folder, "f", BackgroundWriter().snapshot(encoder.files)["f"])
+    store.write_file(folder, "empty", {})
     got = load_file(folder / "f.safetensors")
-    assert got.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert (got[name].dtype, got[name].shape) == (tensor.dtype, tensor.shape)
-        bits = [
-            t.contiguous().reshape(-1).view(torch.uint8) for t in (got[name], tensor)
-        ]
-        assert bits[0].equal(bits[1])
+    assert got.keys() == tree.keys()
+    assert all(got[name].equal(tensor) for name, tensor in tree.items())
+    assert load_file(folder / "empty.safetensors") == {}
 
 
-def test_safetensors_reads_files_without_tensors(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
-    folder = store.begin("x")
-    store.write_file(folder, "f", {})
-    assert load_file(folder / "f.safetensors") == {}
+def test_files_can_be_read_by_whom_the_folder_can(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = write(CheckpointStore(tmp_path), "a", 1)
+    finally:
+        os.umask(before)
+    assert {(path / file).stat().st_mode & 0o777 for file in FILES} == {0o640}
 
 
 def test_untied_weights_are_loaded_without_helios(tmp_path: Path) -> None:
     net, other = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    path = save(tmp_path / "c", net.state_dict())
-    other.load_state_dict(load_file(path / "tensors.safetensors"))
+    path = save(CheckpointStore(tmp_path), "c", 1, model=net.state_dict())
+    other.load_state_dict(load_file(path / "model.safetensors"))
     assert other.weight.equal(net.weight)
 
 
@@ -137,17 +158,16 @@ def test_tied_weights_are_stored_once_and_loaded_by_safetensors(tmp_path: Path) 
         return torch.nn.Sequential(*layers)
 
     net, other = tied(), tied()
-    path = save(tmp_path / "c", net.state_dict())
-    file = path / "tensors.safetensors"
+    path = save(CheckpointStore(tmp_path), "c", 1, model=net.state_dict())
+    file = path / "model.safetensors"
     assert sorted(load_file(file)) == ["0.bias", "0.weight", "1.bias"]
     missing, unexpected = load_model(other, file)
     assert not missing
     assert not unexpected
     assert other.state_dict()["1.weight"].equal(net.state_dict()["0.weight"])
-    state = load(path)
+    state = read_checkpoint(path).tree("model")
     assert state["0.weight"] is state["1.weight"]
-    header = file.read_bytes()[8:]
-    assert header.startswith(b'{"__metadata__":{"1.weight":"0.weight"}')
+    assert b'"__metadata__":{"1.weight":"0.weight"}' in file.read_bytes()
 
 
 def test_loaded_tensors_outlive_the_file(tmp_path: Path) -> None:
@@ -160,17 +180,10 @@ def test_loaded_tensors_outlive_the_file(tmp_path: Path) -> None:
     assert checkpoint.tree("model")["w"].equal(weights(1)["w"])
 
 
-def test_only_the_files_asked_for_are_read(tmp_path: Path) -> None:
+def test_a_group_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = write(CheckpointStore(tmp_path), "a", 1)
-    (path / "training.safetensors").unlink()
-    checkpoint = read_checkpoint(path, files=["model"])
-    assert checkpoint.tree("model")["w"].equal(weights(1)["w"])
-    with pytest.raises(CheckpointCorruptError, match="'training' is not loaded"):
-        checkpoint.tree("training")
     with pytest.raises(CheckpointError, match="no 'rank_9'"):
-        checkpoint.tree("rank_9")
-    with pytest.raises(CheckpointError, match=r"no file 'rank_9.safetensors'"):
-        read_checkpoint(path, files=["rank_9"])
+        read_checkpoint(path).tree("rank_9")
 
 
 def test_the_record_says_what_was_saved(tmp_path: Path) -> None:
@@ -178,7 +191,6 @@ def test_the_record_says_what_was_saved(tmp_path: Path) -> None:
     record = json.loads((path / "helios.json").read_text())["record"]
     assert record["format"] == 1
     assert record["progress"] == {"step": 7}
-    assert record["world_size"] == 1
     assert abs(datetime.now(UTC) - datetime.fromisoformat(record["created"])) < (
         timedelta(minutes=1)
     )
@@ -209,9 +221,8 @@ def test_the_order_is_that_of_saving_whatever_names_and_clock_say(
     for step, name in enumerate("zay"):
         write(CheckpointStore(tmp_path), name, step)  # a process of its own each
         Clock.now_is -= timedelta(days=400)
-    infos = CheckpointStore(tmp_path).list()
-    assert [info.path.name for info in infos] == ["y", "a", "z"]
-    assert [info.record["progress"]["step"] for info in infos] == [2, 1, 0]
+    paths = CheckpointStore(tmp_path).list()
+    assert [path.name for path in paths] == ["y", "a", "z"]
     assert found(tmp_path) == 2
 
 
@@ -224,7 +235,7 @@ def test_folders_that_are_no_checkpoints_are_not_listed(tmp_path: Path) -> None:
     (tmp_path / "root" / "file").touch()
     shutil.copytree(path, tmp_path / "root" / ".hidden")
     (tmp_path / "root" / "latest").symlink_to(path)
-    assert [info.path for info in store.list()] == [path]
+    assert store.list() == [path]
     with pytest.raises(CheckpointNotFoundError):
         read_checkpoint(tmp_path / "root" / "logs")
     with pytest.raises(CheckpointNotFoundError):
@@ -238,9 +249,7 @@ def test_the_last_is_found_below_the_root_too(tmp_path: Path) -> None:
     last = write(CheckpointStore(tmp_path / "a"), "x", 3)
     assert find_last_checkpoint(tmp_path) == last
     (last / "model.safetensors").unlink()
-    reports: list[str] = []
-    assert find_last_checkpoint(tmp_path, reports.append) == tmp_path / "here"
-    assert len(reports) == 1
+    assert find_last_checkpoint(tmp_path) == tmp_path / "here"
 
 
 def test_damaged_newer_checkpoints_are_passed_over_with_the_reason(
@@ -256,35 +265,46 @@ def test_damaged_newer_checkpoints_are_passed_over_with_the_reason(
     reports: list[str] = []
     assert step_of(store.find_last(reports.append)) == 1
     assert len(reports) == 3
-    assert "c4/helios.json is missing" in reports[0]
-    assert "c3/helios.json is not a record" in reports[1]
-    assert "c2/model.safetensors has " in reports[2]
-    problems = {info.path.name: info.problem for info in store.list()}
-    assert [name for name, problem in problems.items() if problem] == ["c4", "c3"]
+    assert "c3/helios.json: it is truncated or altered" in reports[0]
+    assert "c4/helios.json: [Errno 2] No such file" in reports[1]
+    assert "c2/model.safetensors: it is truncated or altered" in reports[2]
+    assert [path.name for path in store.list()] == ["c2", "c1", "c0"]
 
 
 def test_prune_keeps_the_newest_ones(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     for step in range(5):
         write(store, f"c{step}", step)
-    assert [path.name for path in store.prune(2)] == ["c2", "c1", "c0"]
+    store.prune(2)
     assert sorted(os.listdir(tmp_path)) == ["c3", "c4"]
-    assert store.prune(1) == [tmp_path / "c3"]
-    assert store.prune(1) == []
+    for _ in range(2):
+        store.prune(1)
+        assert os.listdir(tmp_path) == ["c4"]
     assert found(tmp_path) == 4
-    with pytest.raises(ValueError, match="`keep_last` must be >= 1, got 0"):
+    with pytest.raises(AssertionError):
         store.prune(0)
+    assert found(tmp_path) == 4
 
 
-def test_prune_counts_whole_ones_only(tmp_path: Path) -> None:
+def test_prune_leaves_alone_what_it_cannot_read(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     for step in range(4):
         write(store, f"c{step}", step)
-    (tmp_path / "c3" / "model.safetensors").unlink()
-    (tmp_path / "c2" / "helios.json").write_text("")
-    os.utime(tmp_path / "c2", (0, 0))  # unreadable: taken for the oldest, left alone
-    assert store.prune(1) == [tmp_path / "c0"]
-    assert sorted(os.listdir(tmp_path)) == ["c1", "c2", "c3"]
+    (tmp_path / "c0" / "helios.json").write_text("")
+    (tmp_path / "logs").mkdir()
+    store.prune(1)
+    assert sorted(os.listdir(tmp_path)) == ["c0", "c3", "logs"]
+
+
+def test_a_link_to_the_newest_one_is_not_counted_and_not_followed(
+    tmp_path: Path,
+) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, "a", 1)
+    (tmp_path / "latest").symlink_to(write(store, "b", 2))
+    store.prune(1)
+    assert sorted(os.listdir(tmp_path)) == ["b", "latest"]
+    assert found(tmp_path) == step_of(tmp_path / "latest") == 2
 
 
 def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:
@@ -298,36 +318,33 @@ def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path: Path) -> None:
 # Writers that died.
 
 
-def test_only_the_litter_of_dead_writers_is_removed(tmp_path: Path) -> None:
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    here, unique = socket.gethostname(), "0" * 32
-    names = {
-        f".helios-{dead.pid}-{unique}-{here}": False,
-        f".helios-{os.getpid()}-{unique}-{here}": False,
-        f".helios-{os.getppid()}-{unique}-{here}": True,
-        f".helios-1-{unique}-elsewhere": True,
-        f".helios-2-{unique}-elsewhere": False,
-        ".helios-mine": True,
-        ".git": True,
-    }
+def test_the_litter_of_dead_writers_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    names = [".helios-0123", "a.replaced", "gone.replaced", ".git", "a"]
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
-    old = tmp_path / f".helios-2-{unique}-elsewhere"
-    for path in (*old.iterdir(), old):
-        os.utime(path, (time.time() - 4000,) * 2)
-    folder = CheckpointStore(tmp_path).begin("a")
-    assert {name: (tmp_path / name).exists() for name in names} == names
-    assert folder.exists()
+    folder = CheckpointStore(tmp_path).begin("b")
+    kept = {"gone.replaced", ".git", "a"}
+    assert set(os.listdir(tmp_path)) == {*kept, folder.name}
+
+
+def test_a_failure_of_safetensors_is_one_of_the_disk(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    folder = store.begin("a")
+    folder.rmdir()
+    with pytest.raises(OSError, match="No such file"):
+        store.write_file(folder, "model", weights(1))
 
 
 class Crash(BaseException):
     """The process ends here: nothing may catch it."""
 
 
+OPERATIONS = ("mkdir", "makedirs", "rename", "fsync", "fchmod", "open", "rmtree")
+
+
 class Disk:
-    """Stands for `open`, `os` and `shutil`: fails at one of their operations."""
+    """Stands for `open`, `os`, `shutil`, `save_file`: fails at one operation."""
 
     def __init__(self, fail_at: int, error: BaseException) -> None:
         self.fail_at, self.error, self.log = fail_at, error, list[str]()
@@ -339,7 +356,7 @@ class Disk:
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(shutil if name == "rmtree" else os, name)
-        if name not in ("mkdir", "makedirs", "rename", "fsync", "open", "rmtree"):
+        if name not in OPERATIONS:
             return real
 
         def operation(*args: Any, **kwargs: Any) -> Any:
@@ -350,7 +367,17 @@ class Disk:
 
         return operation
 
+    def save_file(self, contents: Any, path: Path, **kwargs: Any) -> None:
+        save_file(contents, path, **kwargs)
+        try:
+            self.did(f"write {path.name}")
+        except BaseException:
+            os.truncate(path, path.stat().st_size // 2)
+            raise
+
     def open_file(self, path: Path, mode: str) -> Any:
+        if mode == "rb":
+            return open(path, mode)
         self.did(f"create {Path(path).name}")
         return DiskFile(self, open(path, mode), Path(path).name)
 
@@ -384,6 +411,7 @@ def with_disk(
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "os", disk)
         patch.setattr(store_module, "shutil", disk)
+        patch.setattr(store_module, "save_file", disk.save_file)
         patch.setattr(store_module, "open", disk.open_file, raising=False)
         try:
             run()
@@ -398,20 +426,17 @@ def test_a_save_syncs_every_file_before_the_record_and_the_record_before_the_nam
     disk = Disk(0, Crash())
     store = CheckpointStore(tmp_path / "new")
     assert with_disk(monkeypatch, disk, lambda: write(store, "a", 1))
-    tensors = ["create {}", "write {}", "write {}", "write {}", "fsync"]
     assert disk.log == [
-        *("makedirs", "open", "fsync", "mkdir"),
-        *(line.format("model.safetensors") for line in tensors),
-        *("create training.safetensors", *["write training.safetensors"] * 2, "fsync"),
+        *("makedirs", "mkdir"),
+        *("write model.safetensors", "fchmod", "fsync"),
+        *("write training.safetensors", "fchmod", "fsync"),
         *("create helios.json", "write helios.json", "fsync", "open", "fsync"),
         *("rename", "open", "fsync"),
     ]
     replacing = Disk(0, Crash())
     assert with_disk(monkeypatch, replacing, lambda: write(store, "a", 2))
-    assert replacing.log[-6:] == [*("rename", "rename", "open", "fsync"), *REMOVAL]
-
-
-REMOVAL = ("rename", "rmtree")
+    removal = ["rename", "rmtree"]
+    assert replacing.log[-6:] == ["rename", "rename", "open", "fsync", *removal]
 
 
 @pytest.mark.parametrize(
@@ -419,10 +444,7 @@ REMOVAL = ("rename", "rmtree")
 )
 @pytest.mark.parametrize("name", ["new", "same"])
 def test_a_crash_at_any_operation_of_a_save_leaves_a_whole_checkpoint(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: BaseException,
-    name: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, name: str
 ) -> None:
     fail_at, has_ended = 0, False
     outcomes = set()
@@ -446,7 +468,35 @@ def test_a_crash_at_any_operation_of_a_save_leaves_a_whole_checkpoint(
         assert found(root) == 3
         assert {path.name for path in root.iterdir()} <= {"same", "new"}
     assert outcomes == {1, 2}
-    assert fail_at > 20
+    assert fail_at > 18
+
+
+def test_two_crashes_in_a_row_while_replacing_leave_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash_at(root: Path, step: int, fail_at: int) -> bool:
+        disk = Disk(fail_at, Crash())
+        store = CheckpointStore(root)
+        return not with_disk(monkeypatch, disk, lambda: write(store, "a", step))
+
+    first, total = 13, 0  # from before the record's folder is synced
+    while True:
+        for second in range(1, 99):
+            root = tmp_path / f"{first}-{second}"
+            write(CheckpointStore(root), "a", 1)
+            if not crash_at(root, 2, first):
+                assert total > 100
+                return
+            has_crashed = crash_at(root, 3, second)
+            step = step_of(CheckpointStore(root).find_last())
+            assert step in (1, 2, 3) if has_crashed else step == 3
+            write(CheckpointStore(root), "a", 4)
+            assert found(root) == 4
+            assert os.listdir(root) == ["a"]
+            total += 1
+            if not has_crashed:
+                break
+        first += 1
 
 
 SAVE_FOREVER = """
@@ -509,11 +559,8 @@ def test_a_writer_killed_at_any_moment_leaves_what_it_acknowledged(
 def assert_noticed(path: Path, *named: str) -> None:
     with pytest.raises(CheckpointCorruptError) as caught:
         read_checkpoint(path)
-    problems = CheckpointStore(path.parent).verify(path)
-    assert len(problems) == 1
     for text in named:
         assert text in str(caught.value)
-        assert text in problems[0]
 
 
 def test_every_flipped_byte_of_the_record_is_noticed(tmp_path: Path) -> None:
@@ -544,7 +591,7 @@ def test_truncated_extended_and_missing_files_are_named(
     (path / file).write_bytes(data + b"\n")
     assert_noticed(path, file)
     (path / file).unlink()
-    assert_noticed(path, file, "is missing")
+    assert_noticed(path, file, "No such file")
 
 
 @pytest.mark.parametrize("file", FILES[:2])
@@ -560,64 +607,10 @@ def test_flipped_bits_of_tensors_and_headers_are_named(
         assert_noticed(path, file)
 
 
-def test_without_verification_sizes_and_headers_are_still_checked(
-    tmp_path: Path,
-) -> None:
-    path = write(CheckpointStore(tmp_path), "a", 1)
-    file = path / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-1] ^= 1
-    file.write_bytes(data)
-    read_checkpoint(path, verify=False)
-    for part in range(1, 8):
-        file.write_bytes(data[:part])
-        with pytest.raises(CheckpointCorruptError, match="model"):
-            read_checkpoint(path, verify=False)
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"",
-        b"{",
-        b"[1]",
-        b"null",
-        b"\xff",
-        b'{"a":1}',
-        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}',
-        b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}',
-        b'{"a":{"dtype":"F32","shape":[-1,-1],"data_offsets":[0,4]}}',
-        b'{"a":{"dtype":"F32","shape":["1"],"data_offsets":[0,4]}}',
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
-        b'{"a":{"dtype":"I8","shape":[2],"data_offsets":[0,2]}}',
-        b'{"a":{"dtype":"F32","shape":[4611686018427387904,0],"data_offsets":[0,0]}}',
-        b'{"a":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,399999999996]}}',
-        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-        b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
-        b"[" * 100_000,
-    ],
-)
-def test_crafted_headers_are_refused(tmp_path: Path, header: bytes) -> None:
-    data = len(header).to_bytes(8, "little") + header + b"abcd"
-    path = crafted(tmp_path, {"x.safetensors": data})
-    with pytest.raises(CheckpointCorruptError, match=r"x\.safetensors"):
-        read_checkpoint(path)
-
-
-def test_a_header_that_claims_more_than_the_file_allocates_nothing(
-    tmp_path: Path,
-) -> None:
-    for claim in (5, 2**32, 2**63, 2**64 - 1):
-        data = claim.to_bytes(8, "little") + b"{}"
-        path = crafted(tmp_path / str(claim), {"x.safetensors": data})
-        with pytest.raises(CheckpointCorruptError, match=f"claims {claim} bytes"):
-            read_checkpoint(path)
-
-
 def crafted(root: Path, files: dict[str, bytes], /, **changes: Any) -> Path:
     """A checkpoint with right checksums, whatever its files hold."""
     path = root / "crafted"
-    path.mkdir(parents=True)
+    path.mkdir(parents=True, exist_ok=True)
     entries = {
         name: {"size_bytes": len(data), "checksum": f"crc32:{zlib.crc32(data):08x}"}
         for name, data in files.items()
@@ -635,37 +628,54 @@ def crafted(root: Path, files: dict[str, bytes], /, **changes: Any) -> Path:
 EMPTY = b"\x08\0\0\0\0\0\0\0{}      "
 
 
+def test_a_time_without_zone_is_taken_for_utc(tmp_path: Path) -> None:
+    path = crafted(tmp_path, {}, created="2199-01-01")
+    new = write(CheckpointStore(tmp_path), "new", 1)
+    assert CheckpointStore(tmp_path).list() == [new, path]
+
+
 def test_a_crafted_record_that_is_right_is_read(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(crafted(tmp_path, {"x.safetensors": EMPTY}))
     assert isinstance(checkpoint, Checkpoint)
     assert checkpoint.tensors == {"x": {}}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "../a.safetensors",
-        "/a.safetensors",
-        "..",
-        ".a.safetensors",
-        "",
-        "a/b.safetensors",
-        "a\\b.safetensors",
-        "a\0.safetensors",
-        "a.pkl",
-        "helios.json",
-    ],
-)
-def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+NAMES = ["../a", "/a", "..", ".", "", "a/b", "a\0", "./a"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_files_elsewhere_are_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "a.safetensors").write_bytes(EMPTY)
+    (tmp_path / "crafted" / "a").mkdir(parents=True)
+    (tmp_path / "crafted" / "a" / "b.safetensors").write_bytes(EMPTY)
     entry = {"size_bytes": len(EMPTY), "checksum": f"crc32:{zlib.crc32(EMPTY):08x}"}
-    path = crafted(tmp_path, {}, files={name: entry})
-    with pytest.raises(CheckpointCorruptError, match=r"helios\.json"):
-        read_checkpoint(path)
-    store = CheckpointStore(tmp_path / "store")
-    if name.endswith("safetensors") or not name.strip("."):
-        with pytest.raises(ValueError, match="no plain name"):
-            store.begin(name)
+    for suffix in ("", ".safetensors"):
+        path = crafted(tmp_path, {}, files={f"{name}{suffix}": entry})
+        with pytest.raises(CheckpointCorruptError):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", [*NAMES, ".hidden", "a.replaced", "a/"])
+def test_names_that_are_not_of_a_folder_here_are_refused(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^`name` must be"):
+        CheckpointStore(tmp_path / "store").begin(name)
+    assert not (tmp_path / "store").exists()
+
+
+DTYPES = ["F4", "F8_E8M0", "F99"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_that_safetensors_cannot_give_are_corrupt(
+    tmp_path: Path, dtype: str
+) -> None:
+    header = f'{{"a":{{"dtype":"{dtype}","shape":[4],"data_offsets":[0,4]}}}}'.encode()
+    data = len(header).to_bytes(8, "little") + header + b"abcd"
+    for content in (data, b"", b"abc"):
+        path = crafted(tmp_path, {"x.safetensors": content})
+        assert_noticed(path, "x.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -679,83 +689,49 @@ def test_names_that_leave_the_folder_are_refused(tmp_path: Path, name: str) -> N
         {"progress": None},
         {"created": 5},
         {"created": "yesterday"},
-        {"created": "2026-01-01"},
+        {"created": None},
+        {"files": {"a.safetensors": 1}},
     ],
 )
 def test_crafted_records_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    write(CheckpointStore(tmp_path), "a", 1)
     path = crafted(tmp_path, {}, **changes)
-    with pytest.raises(CheckpointCorruptError, match=r"helios\.json"):
+    with pytest.raises(CheckpointCorruptError, match=r"crafted/(helios\.json|a\.safe)"):
         read_checkpoint(path)
-    assert CheckpointStore(tmp_path).list()[0].problem
+    reports: list[str] = []
+    assert step_of(CheckpointStore(tmp_path).find_last(reports.append)) == 1
+    assert len(reports) == 1
+    write(CheckpointStore(tmp_path), "b", 2)
 
 
 @pytest.mark.parametrize("file", ["x.safetensors", "helios.json"])
-def test_links_pipes_and_folders_in_place_of_files_are_refused(
-    tmp_path: Path, file: str
-) -> None:
+def test_a_folder_in_place_of_a_file_is_noticed(tmp_path: Path, file: str) -> None:
     path = crafted(tmp_path, {"x.safetensors": EMPTY})
-    os.rename(path / file, tmp_path / "outside")
-    (path / file).symlink_to(tmp_path / "outside")
-    assert_noticed(path, file)
-    (path / file).unlink()
-    os.mkfifo(path / file)
-    assert_noticed(path, file, "not a regular file")
     (path / file).unlink()
     (path / file).mkdir()
-    assert_noticed(path, file, "not a regular file")
+    assert_noticed(path, file, "directory")
 
 
-def test_bombs_in_the_record_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_record_nested_without_end_is_corrupt(tmp_path: Path) -> None:
     bomb = '{"a":' * 200_000 + "1" + "}" * 200_000
     path = tmp_path / "bomb"
     path.mkdir()
     head = f'{{"checksum": "crc32:{zlib.crc32(bomb.encode()):08x}", "record": '
     (path / "helios.json").write_text(f"{head}{bomb}}}\n")
-    with pytest.raises(CheckpointCorruptError, match="RecursionError"):
-        read_checkpoint(path)
-    monkeypatch.setattr(reader_module, "_MAX_RECORD_BYTES", 1000)
-    with pytest.raises(CheckpointCorruptError, match="too large"):
-        read_checkpoint(path)
+    assert_noticed(path, "helios.json", "recursion")
 
 
 def test_a_later_format_is_refused_and_passed_over(tmp_path: Path) -> None:
     write(CheckpointStore(tmp_path), "a", 1)
     path = crafted(tmp_path, {}, format=2)
-    with pytest.raises(CheckpointError, match="is of format 2"):
+    with pytest.raises(CheckpointError, match="has format 2"):
         read_checkpoint(path)
-    os.utime(path)
     reports: list[str] = []
     assert step_of(CheckpointStore(tmp_path).find_last(reports.append)) == 1
     assert "format 2" in reports[0]
 
 
-def test_a_tree_that_is_malformed_names_its_group(tmp_path: Path) -> None:
+def test_a_tree_that_names_an_absent_tensor_is_corrupt(tmp_path: Path) -> None:
     path = crafted(tmp_path, {}, trees={"model": {"$": "tensor", "v": ["x", "y"]}})
-    with pytest.raises(CheckpointCorruptError, match=r"crafted, 'model': .*'y'"):
+    with pytest.raises(CheckpointCorruptError, match="is malformed: KeyError"):
         read_checkpoint(path).tree("model")
-
-
-def test_commit_refuses_a_folder_that_lost_a_file(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path)
-    folder = store.begin("a")
-    entry = store.write_file(folder, "model", weights(1))
-    (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="not what was written"):
-        store.commit(folder, "a", {"trees": {}, "files": {"model": entry}})
-    assert store.list() == []
-
-
-def test_unpack_reads_what_pack_made() -> None:
-    data = b"".join(pack({"a": torch.arange(3), "b": torch.ones(())}, {}))
-    position = 0
-
-    def fill(view: memoryview) -> None:
-        nonlocal position
-        view[:] = data[position : position + len(view)]
-        position += len(view)
-
-    got = unpack(fill, len(data))
-    assert got["a"].equal(torch.arange(3))
-    assert got["b"].equal(torch.ones(()))

@@ -1,0 +1,56 @@
+"""Exact resume on a CUDA device."""
+
+import pytest
+import torch
+from support import RandomData, RandomModel, StopAt, digest, train
+
+from helios.checkpoint import find_last_checkpoint, read_checkpoint
+
+pytestmark = pytest.mark.gpu
+OPTIONS = {
+    "total_steps": 4,
+    "valid_frequency": 1,
+    "accumulation_steps": 2,
+    "enable_deterministic": True,
+    "use_cpu": None,
+}
+
+
+class CudaModel(RandomModel):
+    """Draws from the device's generator too."""
+
+    def train_step(self, batch, state):
+        assert self.net[0].weight.is_cuda
+        ids, inputs, targets = batch
+        noise = 0.01 * torch.randn(inputs.shape, device=self.device)
+        super().train_step((ids, inputs + noise, targets), state)
+
+
+def run(root, *stops, **options):
+    ids, logged = [], []
+    for stop in [*stops, None]:
+        model = CudaModel()
+        data = RandomData(num_workers=1, pin_memory=True)
+        is_finished, recorder = train(
+            model, data, root, StopAt(batch=stop), **OPTIONS, **options
+        )
+        assert is_finished == (stop is None)
+        ids += model.ids
+        logged += recorder.logged
+    checkpoint = read_checkpoint(find_last_checkpoint(root))
+    trees = [digest(checkpoint.tree(name)) for name in ("training", "rank_0")]
+    return ids, logged, digest(model.state_dict()), trees
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_run_on_a_gpu_resumes_exactly(tmp_path, precision):
+    whole = run(tmp_path / "whole", mixed_precision=precision)
+    parts = run(tmp_path / "parts", 1, 6, 10, 11, mixed_precision=precision)
+    assert parts == whole
+
+
+def test_fp16_on_a_gpu_has_a_scaler_whose_state_is_saved(tmp_path):
+    run(tmp_path, mixed_precision="fp16")
+    scaler = read_checkpoint(find_last_checkpoint(tmp_path)).tree("training")["scaler"]
+    assert scaler["scale"] > 0
+    assert scaler["_growth_tracker"] == 8
