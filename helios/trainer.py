@@ -150,9 +150,9 @@ class Trainer:
         if type(model).train_step is Model.train_step:
             raise ModelError(f"{type(model).__name__} does not override `train_step`")
         if self.print_banner:
-            parts = [f"{k} {v}" for k, v in list(fingerprint.versions().items())[:4]]
-            banner = ", ".join([*parts, f"{engine.world_size} x {engine.device}"])
-            get_root_logger().info("%s", model.append_to_banner(banner))
+            facts = [f"{k} {v}" for k, v in list(fingerprint.versions().items())[:4]]
+            facts += [f"{engine.world_size} x {engine.device}", engine.mixed_precision]
+            get_root_logger().info("%s", model.append_to_banner(", ".join(facts)))
         if self.chkpt_root is not None:
             check_writable(pathlib.Path(self.chkpt_root))
         self._set_up_data(engine, datamodule)
