@@ -30,7 +30,7 @@ _KINDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "test_exceptions": ("a list of exception types", _LIST),
     "accelerator": ("an Accelerator", (Accelerator, type(None))),
 }
-_PRECISIONS = ("no", "bf16", "fp16", "fp8", None)
+_PRECISIONS = ("no", "bf16", "fp16", None)
 _LOGS = (("enable_file_logging", "log_path"), ("enable_tensorboard", "run_path"))
 _BUILT_WITH = (
     ("mixed_precision", "mixed_precision"),
@@ -53,7 +53,7 @@ def check_arguments(trainer: Trainer) -> None:
         if is_right and name == "callbacks":
             is_right = all(isinstance(member, Callback) for member in value)
         if is_right and name.endswith("_exceptions"):
-            is_right = all(_is_exception(member) for member in value)
+            is_right = all(isinstance(member, type) for member in value)
         if not is_right:
             raise TypeError(f"`{name}` must be {expected}, got {value!r}")
     precision = trainer.mixed_precision
@@ -65,6 +65,8 @@ def check_arguments(trainer: Trainer) -> None:
         value = given[name]
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"`{name}` must be an int >= 1 or None, got {value!r}")
+    if trainer.random_seed is not None and not -(2**63) <= trainer.random_seed < 2**63:
+        raise ValueError(f"`random_seed` must have 64 bits, got {trainer.random_seed}")
     if trainer.src_root is not None and not os.path.isdir(trainer.src_root):
         raise ValueError(f"`src_root` must be a folder, got {trainer.src_root!r}")
     for flag, own in _LOGS:
@@ -82,10 +84,6 @@ def check_arguments(trainer: Trainer) -> None:
         raise ValueError(f"`gpus` is {gpus}; this machine shows {count}, from 0 on")
     if len(gpus or ()) > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(f"`gpus` is {gpus} for one process; use `accelerate launch`")
-
-
-def _is_exception(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, BaseException)
 
 
 def check_writable(root: pathlib.Path) -> None:

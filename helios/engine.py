@@ -1,10 +1,8 @@
 """The engine: the one module that calls Accelerate.
 
-Accelerate places, wraps, scales, gathers and synchronises. Two things are arranged so
-that a step costs no more than a torch loop: the wrapper of an optimizer or a scheduler
-is used only where it does something (a gradient scaler, an accumulation window, an
-engine of its own), and batches are placed by the loop, not by a prepared loader, which
-would fetch one batch ahead of the cursor.
+Its wrappers of optimizers and schedulers are used only where they do something, as they
+cost more than a step of a small network. Batches are placed by the loop: a prepared
+loader would fetch one batch ahead of the cursor.
 """
 
 from __future__ import annotations
@@ -202,9 +200,9 @@ class Engine:
             return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
         return self.accelerator.clip_grad_norm_(parameters, max_norm, norm_type)
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
+    def unwrap(self, module: nn.Module) -> Any:
         """The user's module."""
-        return self.accelerator.unwrap_model(module)  # type: ignore[no-any-return]
+        return self.accelerator.unwrap_model(module, keep_torch_compile=False)
 
     def reduce_mean(self, values: dict[str, Any]) -> dict[str, Any]:
         """The mean over the ranks, by name; every rank must call."""
@@ -230,13 +228,21 @@ class Engine:
         self.accelerator.wait_for_everyone()
 
     def state_dict(self) -> dict[str, Any]:
-        """The gradient scaler's state, if there is one."""
-        return {} if self.scaler is None else self.scaler.state_dict()
+        """The gradient scaler's state, and which optimizers it made skip a step."""
+        if self.scaler is None:
+            return {}
+        skipped = [o._is_overflow for o in self.accelerator._optimizers]
+        return {"scaler": self.scaler.state_dict(), "skipped": skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put :meth:`state_dict` back."""
         if self.scaler is not None:
-            self.scaler.load_state_dict(state)
+            self.scaler.load_state_dict(state["scaler"])
+            optimizers = self.accelerator._optimizers
+            for optimizer, was_skipped in zip(
+                optimizers, state["skipped"], strict=True
+            ):
+                optimizer._is_overflow = was_skipped
 
     def close(self) -> None:
         """Finish the trackers, and leave no window open."""

@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from helios._version import __version__
 
@@ -23,13 +23,6 @@ _COSTS = {
 }
 
 
-class Difference(NamedTuple):
-    """One thing that is not as it was saved, and whether that costs more than bits."""
-
-    text: str
-    is_inexact: bool
-
-
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that decide on bits."""
     names = ("torch", "accelerate", "numpy", "safetensors")
@@ -37,9 +30,9 @@ def versions() -> dict[str, str]:
     return {"helios-ml": __version__, "python": platform.python_version(), **packages}
 
 
-def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """What differs, the costly first."""
-    found = []
+def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, bool]:
+    """What differs, in words, the costly first, and whether it costs more than bits."""
+    found = {}
     for name, cost in _COSTS.items():
         old, new = saved.get(name), now[name]
         if old == new:
@@ -48,5 +41,5 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference
             keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
             old, new = ({k: side.get(k) for k in keys} for side in (old, new))
         text = f"`{name}` was {old}, is {new}: {cost}"
-        found.append(Difference(text, cost in (_ORDER, _COURSE, _DEVICE)))
+        found[text] = cost in (_ORDER, _COURSE, _DEVICE)
     return found

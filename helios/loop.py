@@ -11,13 +11,13 @@ The order of everything in a run::
     on_training_end
 
 and at each boundary: validate, decide on an early stop, save, stop. Callbacks run after
-the model's hook of the same name. A resumed run joins at the boundary that was saved;
-``on_training_start``, and inside an epoch ``on_training_epoch_start``, run again, and
-whatever they change in the saved state is put back.
+the model's hook of the same name. At a resume the start hooks run again, and what they
+change in the saved state is put back.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -63,11 +63,8 @@ class Run:
 
     def fit(self) -> bool:
         """Train until the schedule is finished (True) or something asks to stop."""
-        session, model, frequency = (
-            self.session,
-            self.model,
-            self.schedule.chkpt_frequency,
-        )
+        session, model = self.session, self.model
+        frequency = self.schedule.chkpt_frequency
         model.train()
         model.on_training_start()
         self._call(Callback.on_training_start)
@@ -75,15 +72,15 @@ class Run:
             self._validate(boundary)
             if self.schedule.is_due(frequency, boundary, self.state):
                 if model.should_save_checkpoint():
-                    session.save()
+                    session._save()
             if session.engine.agree(self._wants_stop(boundary)):
-                session.save()
+                session._save()
                 return False
         session.put_back()
         if self.schedule.print_frequency is None:
             session.flush()
         session.keep(None)
-        session.save()
+        session._save()
         model.on_training_end()
         self._call(Callback.on_training_end)
         return True
@@ -127,28 +124,29 @@ class Run:
     def _step(self, batch: Any) -> Boundary:
         """Train on one batch. This is all that a batch costs beside ``train_step``."""
         model, state = self.model, self.state
-        model.on_training_batch_start(state)
-        batch = self._prepare_batch(batch)
         is_step, window = True, self.schedule.accumulation_steps
+        log_every = self.schedule.print_frequency or math.inf
         if window == 1:
-            model.train_step(batch, state)
+            model.on_training_batch_start(state)
+            model.train_step(self._prepare_batch(batch), state)
         else:
             done = state.dataset_iter
             is_step = (done + 1) % window == 0 or done + 1 == self._train_batches
             first = done % window == 0
             with self.session.engine.batch(is_first=first, is_step=is_step):
-                model.train_step(batch, state)
+                model.on_training_batch_start(state)
+                model.train_step(self._prepare_batch(batch), state)
         state.global_iteration += 1
         state.dataset_iter += 1
         state.running_iter += 1
         should_log = False
         if is_step:
             state.current_iteration += 1
-            should_log = self.schedule.is_log_point(state)
+            should_log = state.current_iteration % log_every == 0
         if should_log:
             before_s, self._logged_at_s = self._logged_at_s, time.perf_counter()
             elapsed_s = self._logged_at_s - before_s
-            state.average_iter_time = elapsed_s / (self.schedule.print_frequency or 1)
+            state.average_iter_time = elapsed_s / log_every
         model.on_training_batch_end(state, should_log)
         for hook in self._batch_hooks:
             hook(self.session)
@@ -163,9 +161,6 @@ class Run:
         if self._valid is None or not self.schedule.is_due(frequency, boundary, state):
             return
         evaluate(session, model, self._valid, BatchPhase.VALID, cycle)
-        state.validation_cycles += 1
-        state.running_iter = 0
-        self._call(Callback.on_validation_end)
         has_improved = model.have_metrics_improved()
         state.early_stop_count = 0 if has_improved else state.early_stop_count + 1
         model.train()
@@ -219,23 +214,23 @@ def evaluate(
 
     A stop that is asked for ends a test (False), and waits for the end of a validation.
     """
-    hooks: list[Callable[..., None]] = []
-    start, before = model.on_testing_start, model.on_testing_batch_start
-    step, after = model.test_step, model.on_testing_batch_end
-    end = model.on_testing_end
-    if phase is BatchPhase.VALID:
+    is_test, callbacks = phase is BatchPhase.TEST, session.callbacks
+    if is_test:
+        start, end = model.on_testing_start, model.on_testing_end
+        before, step = model.on_testing_batch_start, model.test_step
+        after, callbacks = model.on_testing_batch_end, []
+    else:
         start = partial(model.on_validation_start, cycle)
         before, step = model.on_validation_batch_start, model.valid_step
         after = model.on_validation_batch_end
         end = partial(model.on_validation_end, cycle)
-        hooks = overridden(session.callbacks, Callback.on_validation_batch_end)
     prepare, number = _batch_preparer(session, model, phase), -1
+    hooks = overridden(callbacks, Callback.on_validation_batch_end)
     session.keep(None)
     model.eval()
     start()
-    for hook in overridden(session.callbacks, Callback.on_validation_start):
-        if phase is BatchPhase.VALID:
-            hook(session)
+    for hook in overridden(callbacks, Callback.on_validation_start):
+        hook(session)
     loader.seek(cycle)
     session.keep("means")
     with torch.no_grad():
@@ -245,7 +240,6 @@ def evaluate(
             after(number)
             for hook in hooks:
                 hook(session, number)
-            is_test = phase is BatchPhase.TEST
             if is_test and session.engine.agree(session.stop_reason is not None):
                 return False
     if number < 0:
@@ -253,4 +247,9 @@ def evaluate(
     session.flush()
     session.keep(None)
     end()
+    if not is_test:
+        session.state.validation_cycles += 1
+        session.state.running_iter = 0
+    for hook in overridden(callbacks, Callback.on_validation_end):
+        hook(session)
     return True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ class Session:
         self._background = BackgroundWriter()
         self._restored: dict[str, Any] | None = None
         self._saved_at: tuple[int, int] | None = None
+        self._hook_error: BaseException | None = None
         self._keeps: str | None = None
         self._latest: dict[str, Any] = {}
         self._sums: dict[str, tuple[Any, int]] = {}
@@ -72,7 +74,7 @@ class Session:
 
     # Saving.
 
-    def save(self) -> None:
+    def _save(self) -> None:
         """Save a checkpoint, unless this state is saved already; every rank must call.
 
         Returns when the live tensors have been copied; the rest is written behind. A
@@ -98,11 +100,11 @@ class Session:
             trees["model"] = encoder.encode(networks, file="model")
             parts = {name: part.state_dict() for name, part in self._parts.items()}
             trees["training"] = encoder.encode(parts, file="training")
-        gradients = [p.grad for p in self._model._holdings().trainable()]
+        parameters = self._model._holdings().all_parameters()
         own = {
             "rng": rng.capture_rng(self.engine.device),
             "books": self._books(),
-            "gradients": gradients if any(g is not None for g in gradients) else None,
+            "gradients": [[p.requires_grad, p.grad] for p in parameters],
         }
         trees[self._own] = encoder.encode(own, file=self._own)
         return encoder, trees
@@ -118,13 +120,17 @@ class Session:
             for file, tensors in files.items():
                 done[file] = store.write_file(folder, file, tensors, aliases[file])
             all_trees = {rank: tree for rank, tree, _ in ranks} | trees
-            self.writer.flush()  # logs must not fall behind what is resumed from
+            # Logs must not fall behind what is resumed from.
+            self._write_logs(lambda: self.writer.flush())
             content = {**record, "trees": all_trees, "files": done}
             path = store.commit(folder, name, content)
             if self._keep_last is not None:
                 store.prune(self._keep_last)
-            for hook in overridden(self.callbacks, Callback.on_checkpoint_saved):
-                hook(self, path)
+            try:
+                for hook in overridden(self.callbacks, Callback.on_checkpoint_saved):
+                    hook(self, path)
+            except BaseException as error:  # the user's, not the disk's
+                self._hook_error = error
 
         try:
             folder = engine.gather_objects(engine.is_main and store.begin(name))[0]
@@ -151,6 +157,9 @@ class Session:
             self._background.check()
         except CheckpointError as error:
             self._report(error)
+        user_error, self._hook_error = self._hook_error, None
+        if user_error is not None:
+            raise user_error
 
     def _position(self) -> tuple[int, int]:
         return self.state.global_iteration, self.state.global_epoch
@@ -217,10 +226,10 @@ class Session:
         if rank is None:
             self.logger.warning("the checkpoint has no random numbers of %s", self._own)
             return
-        if rank["gradients"] is not None:
-            trainable = self._model._holdings().trainable()
-            for parameter, grad in zip(trainable, rank["gradients"], strict=True):
-                parameter.grad = None if grad is None else grad.to(parameter.device)
+        parameters = self._model._holdings().all_parameters()
+        for parameter, (asks, grad) in zip(parameters, rank["gradients"], strict=True):
+            parameter.requires_grad_(asks)
+            parameter.grad = None if grad is None else grad.to(parameter.device)
         rng.restore_rng(rank["rng"], self.engine.device)
 
     def _choose(self, resume: Any) -> Any:
@@ -241,15 +250,15 @@ class Session:
 
     def _check_identity(self, name: str, saved: Any, allow_inexact: bool) -> None:
         found = fingerprint.compare(saved, self._identity)
-        if not allow_inexact and any(difference.is_inexact for difference in found):
-            lines = "\n  ".join(difference.text for difference in found)
+        if not allow_inexact and any(found.values()):
+            lines = "\n  ".join(found)
             raise ResumeError(
                 f"the run is not the one that was saved in {name}:\n  {lines}\nput it "
                 "back as it was, pass `allow_inexact=True` to go on all the same, or "
                 'start afresh with `resume="never"` or another `chkpt_root`'
             )
         for difference in found:
-            self.logger.warning("not as it was saved: %s", difference.text)
+            self.logger.warning("not as it was saved: %s", difference)
 
     def _load(self, restored: Mapping[str, Any]) -> None:
         parts, rank = restored["parts"], restored["rank"]
@@ -269,10 +278,7 @@ class Session:
     # Logging.
 
     def keep(self, what: str | None) -> None:
-        """From here on, keep the ``"latest"`` or the ``"means"`` of what is logged.
-
-        :meth:`flush` writes them. ``None``: values are written at once.
-        """
+        """Keep the "latest" or the "means" for :meth:`flush`; None: write at once."""
         self._keeps = what
         self._sums = {}
 
@@ -313,7 +319,7 @@ class Session:
                 ) from error
         step = self.state.current_iteration
         for name, number in numbers.items():
-            self.writer.add_scalar(name, number, step)
+            self._write_logs(partial(self.writer.add_scalar, name, number, step))
         if self.engine.accelerator.trackers:
             self.engine.accelerator.log(numbers, step=step)
         shown = "  ".join(f"{name} {number:.4g}" for name, number in numbers.items())
@@ -330,8 +336,7 @@ class Session:
         Raises:
             CheckpointError: it could not be written.
         """
-        self._background.wait()
-        self._background.check()
+        self._finish_write()
         if self._store is not None and self._saved_at is None:
             raise CheckpointError("the last checkpoint could not be written; see above")
         self.engine.barrier()
@@ -339,5 +344,12 @@ class Session:
     def close(self) -> None:
         """End the writers, after what they have in hand."""
         self._finish_write()
-        self.writer.close()
+        self._write_logs(lambda: self.writer.close())
         self.engine.close()
+
+    def _write_logs(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.logger.error("TensorBoard's log ends here: %s", error)
+            self.writer = NullWriter()

@@ -120,8 +120,3 @@ class Schedule:
         if self.train_unit is TrainingUnit.EPOCH:
             return boundary is Boundary.EPOCH and state.global_epoch % frequency == 0
         return boundary is Boundary.STEP and state.current_iteration % frequency == 0
-
-    def is_log_point(self, state: TrainingState) -> bool:
-        """Whether the step just finished is one that is logged."""
-        every = self.print_frequency
-        return every is not None and state.current_iteration % every == 0

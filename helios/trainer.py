@@ -73,7 +73,7 @@ class Trainer:
     import_prefix: str = ""  #: the package that `src_root` is
     print_banner: bool = True  #: log what runs where, at the start
     accelerator: Accelerator | None = None  #: honoured in all that it was built with
-    mixed_precision: str | None = None  #: "no", "bf16", "fp16" or "fp8"
+    mixed_precision: str | None = None  #: "no", "bf16" or "fp16"
     num_processes: int | None = None  #: that the launcher must have started
     log_with: Any = None  #: trackers of Accelerate
     callbacks: Sequence[Callback] = ()  #: called in this order, after the model's hooks
@@ -89,11 +89,10 @@ class Trainer:
         self._make_schedule(self.accumulation_steps or 1)
         seed = self.random_seed
         self.seed = rng.get_default_seed() if seed is None else seed
-        bars = [ProgressBar()] if self.enable_progress_bar else []
+        self._bar = ProgressBar()
+        bars = [self._bar] if self.enable_progress_bar else []
         self._hooks: list[Callback] = [*bars, *self.callbacks]
         self.engine: Engine | None = None
-        self.model: Model | None = None
-        self._datamodule: DataModule | None = None
         self._fitted: Model | None = None
         self._session: Session | None = None
         self._state = TrainingState()
@@ -101,12 +100,6 @@ class Trainer:
         prefix = self.import_prefix and f"{self.import_prefix}."
         for module in pkgutil.walk_packages(roots, prefix):
             importlib.import_module(module.name)
-
-    @property
-    def datamodule(self) -> DataModule:
-        """The data of the run in progress."""
-        assert self._datamodule is not None, "the trainer has no DataModule yet"
-        return self._datamodule
 
     def request_stop(self, reason: str = "asked by the program") -> None:
         """Ask the run in progress to save and stop at the next batch."""
@@ -151,14 +144,20 @@ class Trainer:
             raise ModelError(f"{type(model).__name__} does not override `train_step`")
         if self.print_banner:
             facts = [f"{k} {v}" for k, v in list(fingerprint.versions().items())[:4]]
-            facts += [f"{engine.world_size} x {engine.device}", engine.mixed_precision]
+            precision = f"precision {engine.mixed_precision}"
+            facts += [f"{engine.world_size} x {engine.device}", precision]
             get_root_logger().info("%s", model.append_to_banner(", ".join(facts)))
         if self.chkpt_root is not None:
             check_writable(pathlib.Path(self.chkpt_root))
         self._set_up_data(engine, datamodule)
         model._run_setup(engine, for_inference=False)
         found = model._holdings()
-        if not found.trainable():
+        if found.has_strangers():
+            raise ModelError(
+                "an optimizer trains parameters that are in no network among the "
+                "model's attributes, so that they would not be saved; add that network"
+            )
+        if not any(p.requires_grad for p in found.all_parameters()):
             raise ModelError(
                 f"{type(model).__name__} has no parameter to train; create networks "
                 "as attributes in `setup`, with `requires_grad`"
@@ -179,8 +178,8 @@ class Trainer:
             session.wait_for_checkpoint()
         state = self._state = session.state
         end = "finished" if is_finished else f"{session.stop_reason}: stopped, to go on"
-        at = f"epoch {state.global_epoch}, step {state.current_iteration}"
-        session.logger.info("%s at %s", end, at)
+        at = f"{state.global_epoch} epochs, {state.current_iteration} steps"
+        session.logger.info("%s after %s", end, at)
         return is_finished
 
     def _evaluate(
@@ -246,7 +245,7 @@ class Trainer:
 
     def _open_logs(self, session: Session, *, purge_step: int | None) -> None:
         root = self.run_path or self.log_root
-        if self.enable_tensorboard and root is not None and session.engine.is_main:
+        if self.enable_tensorboard and root and session.engine.is_main:
             session.writer = open_writer(pathlib.Path(root) / self.run_name, purge_step)
         if self.log_with is not None:
             session.engine.accelerator.init_trackers(self.run_name)
@@ -261,7 +260,7 @@ class Trainer:
         if not isinstance(datamodule, DataModule):
             raise TypeError(f"`datamodule` must be a DataModule, got {datamodule!r}")
         engine = self.engine = self._make_engine()
-        self.model, self._datamodule = model, datamodule
+        self.model, self.datamodule = model, datamodule
         model.trainer = datamodule.trainer = self
         root, file = self.log_path or self.log_root, None
         if self.enable_file_logging and root is not None:
@@ -284,6 +283,7 @@ class Trainer:
                 try:
                     datamodule.teardown()
                 finally:
+                    self._bar.close()
                     if session is not None:
                         session.close()
                     open_writer(None)

@@ -41,25 +41,14 @@ LAYERS = {
     "callbacks.base": 3,
     "loggers": 3,
     "session": 3,
-    "arguments": 3,
     # the loops
     "loop": 4,
     "callbacks": 4,
     # configuration
+    "arguments": 5,
     "trainer": 5,
-    # processes
-    "launch": 6,
+    # the command
     "cli": 6,
-    "__main__": 6,
-    # the names that existing projects import: re-exports of all the above, which
-    # the library itself does without
-    "core": 7,
-    "optim": 7,
-    "scheduler": 7,
-    "losses": 7,
-    "nn": 7,
-    "metrics": 7,
-    "plugins": 7,
 }
 
 NOT_IMPORTED = {"_pickle", "cloudpickle", "dill", "pickle", "joblib"}

@@ -55,10 +55,7 @@ class ProgressBar(Callback):
         if session.state.global_iteration:
             self._bar.set_postfix(values, refresh=False)
 
-    def on_training_end(self, session: Session) -> None:
-        self._bar.close()
-
-    def on_exception(self, session: Session, error: BaseException) -> None:
+    def close(self) -> None:
         self._valid.close()
         self._bar.close()
 

@@ -1,9 +1,8 @@
 """The codec: a tree to plain JSON data and named tensors, and back, without pickle.
 
 ``None``, bools, ints, finite floats, strings, lists, and dicts with string keys stand
-for themselves. Everything else is ``{"$": tag, "v": payload}``; a tensor's payload is
-``[file, name]``. Not kept: strides, devices, ``requires_grad``, and whether two places
-hold the same list or dict; tensors that are the same view come back as one.
+for themselves; all else is ``{"$": tag, "v": payload}``, a tensor ``[file, name]``. Not
+kept: strides, devices, ``requires_grad``, and which lists and dicts are the same one.
 """
 
 import base64

@@ -10,10 +10,9 @@ The checksum is that of the record's bytes as they stand there. The record is::
      "trees": {"<group>": <plain data of the codec>},
      "files": {"<name>.safetensors": {"size_bytes": n, "checksum": "crc32:..."}}}
 
-``created`` rises from one checkpoint of a folder to the next, whatever the clock does:
-the order of checkpoints. A folder whose name begins with a dot is being written or
-deleted. The disk is written to through ``os``, ``open``, ``shutil`` and ``save_file``
-of this module only: there tests inject faults.
+``created`` rises from one checkpoint of a folder to the next, whatever the clock does.
+A folder whose name begins with a dot is being written or deleted. Tests inject faults
+into this module's ``os``, ``open``, ``shutil`` and ``save_file``.
 """
 
 import json

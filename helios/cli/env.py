@@ -1,6 +1,5 @@
 """``helios env``: what a bug report needs to say about a machine."""
 
-import json
 import os
 import platform
 import sys
@@ -32,14 +31,9 @@ def _report() -> dict[str, dict[str, str]]:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def env(as_json: bool) -> None:
+def env() -> None:
     """Report versions, devices and the launch environment."""
-    report = _report()
-    if as_json:
-        click.echo(json.dumps(report, indent=2))
-        return
-    for title, rows in report.items():
+    for title, rows in _report().items():
         click.echo(title if rows else f"{title}: none")
         for name, value in rows.items():
             click.echo(f"  {name:<{max(map(len, rows))}}  {value}")

@@ -28,10 +28,6 @@ class Dataset:
     dataset: Any
     params: DataLoaderParams
 
-    def dict(self) -> dict[str, Any]:
-        """The parameters, by name."""
-        return self.params.to_dict()
-
 
 class DataModule(abc.ABC):
     """Where the samples come from: say so in :meth:`setup`.
@@ -95,8 +91,8 @@ class DataModule(abc.ABC):
     def get_train_steps_per_epoch(self) -> int:
         """Steps (optimizer updates) an epoch of the current training phase."""
         found = self.train_dataloader()
-        if found is None or found[0].batches_per_epoch is None:
-            raise DataError("there are no training data with a length")
+        if found is None:
+            raise DataError("there are no training data")
         window = self.trainer.engine.accumulation_steps if self.trainer.engine else 1
         return -(-found[0].batches_per_epoch // window)
 
@@ -173,8 +169,6 @@ class DataModule(abc.ABC):
         if data is None:
             return None
         seed = self._seed(data, split, phase)
-        own: dict[str, Any] = {
-            "random_seed": None,
-            **self._ranks(),
-        }  # its seed is in ours
-        return create_dataloader(data.dataset, data.params, seed=seed, **own)
+        # The seed of the parameters is in this one.
+        own: dict[str, Any] = {"seed": seed, "random_seed": None, **self._ranks()}
+        return create_dataloader(data.dataset, data.params, **own)

@@ -6,7 +6,7 @@ import operator
 import signal
 from collections.abc import Callable, Mapping
 from inspect import formatannotation
-from multiprocessing import context, util
+from multiprocessing import context, resource_tracker, util
 from typing import Any, get_args, get_origin
 
 import torch
@@ -86,6 +86,8 @@ class ResumableDataLoader(DataLoader[Any]):
         return self.batch_sampler.num_samples  # of all ranks, without padding
 
     def _get_iterator(self) -> Any:
+        if self.multiprocessing_context is not None:
+            resource_tracker.ensure_running()  # its start would unblock the signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, seeding.IGNORED_SIGNALS)
         try:
             iterator = super()._get_iterator()

@@ -37,15 +37,13 @@ class SeededDataset(data.Dataset[Any]):
     """A data set that is asked for collated batches, and seeds what they draw.
 
     `torch`, `random` and `numpy.random` are seeded before each sample with (seed,
-    epoch, index); before the collate function, or a data set's own `__getitems__`,
-    with (seed, epoch, batch, first index), which tells ranks apart. In the main process
-    the generators' states are put back.
+    epoch, index); before the collate function with (seed, epoch, batch, first index),
+    which tells ranks apart. In the main process the generators' states are put back.
     """
 
     def __init__(self, dataset: Any, collate_fn: Callable[[Any], Any] | None) -> None:
         self.dataset = dataset
         self.collate_fn = data.default_collate if collate_fn is None else collate_fn
-        self._fetches_batches = _fetches_batches(dataset)
         self._is_gathered = (  # at once, to the same bits: nothing is drawn
             type(dataset) is data.TensorDataset
             and self.collate_fn is data.default_collate
@@ -73,16 +71,12 @@ class SeededDataset(data.Dataset[Any]):
                 index, tensors = torch.tensor(indices), self.dataset.tensors
                 return [t.index_select(0, index.to(t.device)) for t in tensors]
             first, items = operator.index(indices[0]), []
-            if self._fetches_batches:
-                # Of four parts: the key of no sample, which is of two.
-                seed_globals(derive_key(key, number, first, 0))
-                items = self.dataset.__getitems__(indices)
-            else:
-                for at in indices:
-                    seed_globals(derive_key(key, operator.index(at)))
-                    items.append(self.dataset[at])
-                at = indices
-            seed_globals(derive_key(key, number, first, 1))
+            for at in indices:
+                seed_globals(derive_key(key, operator.index(at)))
+                items.append(self.dataset[at])
+            at = indices
+            # Of three parts: the key of no sample, which is of two.
+            seed_globals(derive_key(key, number, first))
             return self.collate_fn(items)
         except Exception as error:
             note = f"in sample {reprlib.repr(at)} of batch {number}"
@@ -90,13 +84,6 @@ class SeededDataset(data.Dataset[Any]):
             if isinstance(error, StopIteration):  # it would end the epoch in silence
                 raise DataError(f"StopIteration {note}; raise another error") from error
             raise
-
-
-def _fetches_batches(dataset: Any) -> bool:
-    """Whether a `__getitems__` is at work, other than a `Subset`'s, which passes on."""
-    while getattr(type(dataset), "__getitems__", None) is data.Subset.__getitems__:
-        dataset = dataset.dataset
-    return callable(getattr(dataset, "__getitems__", None))
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -31,14 +31,18 @@ class Holdings:
     schedulers: dict[str, Any] = dataclasses.field(default_factory=dict)
     others: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def trainable(self) -> list[nn.Parameter]:
-        """Every parameter that asks for a gradient, once, networks first."""
+    def all_parameters(self) -> list[nn.Parameter]:
+        """Every parameter of the networks, then those outside of them, once."""
         found = [p for net in self.networks.values() for p in net.parameters()]
         found += self.parameters.values()
-        for optimizer in self.optimizers.values():
-            for group in inner_optimizer(optimizer).param_groups:
-                found += group["params"]
-        return [p for p in {id(p): p for p in found}.values() if p.requires_grad]
+        return list({id(p): p for p in found}.values())
+
+    def has_strangers(self) -> bool:
+        """Whether an optimizer trains what no attribute holds, and so is not saved."""
+        known = {id(p) for p in self.all_parameters()}
+        optimizers = map(inner_optimizer, self.optimizers.values())
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        return any(id(p) not in known for group in groups for p in group["params"])
 
     def _stateful(self, unwrap: Unwrap) -> dict[str, dict[str, Any]]:
         networks = {k: unwrap(v) for k, v in self.networks.items()}
@@ -76,7 +80,7 @@ class Holdings:
             for path, value in have.items():
                 try:
                     _set(value, saved[path])
-                except (RuntimeError, ValueError) as error:
+                except (RuntimeError, ValueError, KeyError) as error:
                     raise ResumeError(
                         f"what was saved does not fit the model's `{path}`: {error}"
                     ) from error
@@ -103,6 +107,18 @@ def _set(value: Any, state: Any) -> None:
         value.setstate(state)
     else:
         value.load_state_dict(state)
+    if isinstance(value, torch.optim.Optimizer):
+        _keep_dtypes(inner_optimizer(value), state["state"])
+
+
+def _keep_dtypes(optimizer: Any, saved: Mapping[int, Any]) -> None:
+    """Undo torch's cast of a parameter's state to the dtype of the parameter."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entries in saved.items():
+        state = optimizer.state[parameters[index]]
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and state[name].dtype != value.dtype:
+                state[name] = value.to(parameters[index].device)
 
 
 def _items(value: Any) -> list[tuple[Any, Any]] | None:

@@ -277,7 +277,7 @@ class Model(abc.ABC):
                 f"{self.engine.mixed_precision!r}; set `mixed_precision` of the Trainer"
             )
 
-    def unwrap(self, module: nn.Module) -> nn.Module:
+    def unwrap(self, module: nn.Module) -> Any:
         """The user's module inside what Accelerate made of it."""
         return self._engine.unwrap(module) if self._engine else module
 
@@ -288,10 +288,9 @@ class Model(abc.ABC):
     def log_dict(self, values: dict[str, Any]) -> None:
         """Log values (numbers, or tensors of one element) under the current step.
 
-        In ``train_step`` the latest value before a log point is written; in
-        ``valid_step`` and ``test_step`` the mean over the batches, at the end; in
-        other hooks the value, at once. With several ranks, each value is rank 0's
-        in training, and the mean over the ranks in evaluation.
+        In ``train_step`` the latest value before a log point is written, of rank 0; in
+        ``valid_step`` and ``test_step`` the mean over batches and ranks, at the end;
+        in other hooks the value, at once.
         """
         assert self._session is not None, "the model is in no run"
         self._session.log(values)
@@ -321,6 +320,8 @@ class Model(abc.ABC):
     def _run_setup(self, engine: Engine, *, for_inference: bool) -> None:
         """Call ``setup``, prepare what it made, and put that in its place."""
         self._engine = engine
+        for book in self._books().values():
+            book.clear()
         self._call_for_inference(self.setup, for_inference)
         found = self._holdings()
         kinds = (found.networks, found.optimizers, found.schedulers)

@@ -440,6 +440,27 @@ def test_full_disk_lets_the_training_go_on(small_disk, tmp_path, capsys, async_s
     assert progress_of_all(small_disk / "ids") == [3, 12, 15]
 
 
+class Talkative(IdModel):
+    """Logs more than fits into what is left of a page of the disk."""
+
+    def train_step(self, batch, state):
+        super().train_step(batch, state)
+        self.log_dict({f"value {i}": i for i in range(200)})
+
+
+# TensorBoard's own thread ends by the error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_full_disk_of_logs_takes_no_checkpoint_along(small_disk, tmp_path, capsys):
+    options = {"log_root": small_disk, "enable_tensorboard": True, "total_steps": 5}
+    options |= {"chkpt_frequency": 1, "print_frequency": 1}
+    root, filler = tmp_path / "checkpoints", Filler(small_disk)
+    _, recorder = train(Talkative(), IndexData(3), root, filler, **options)
+    assert len(recorder.saved) == 5
+    shown = capsys.readouterr().err
+    assert "TensorBoard's log ends here" in shown
+    assert "COULD NOT BE WRITTEN" not in shown
+
+
 def test_run_stopped_on_a_full_disk_goes_on_from_the_last_checkpoint(
     small_disk, tmp_path
 ):

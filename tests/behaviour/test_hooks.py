@@ -325,6 +325,7 @@ def test_validate_calls_the_hooks_of_a_validation():
         "on_validation_batch_end 1",
         "callback on_validation_batch_end 1",
         "on_validation_end 0",
+        "callback on_validation_end 1",
     ]
 
 

@@ -33,11 +33,6 @@ class Noise(Dataset):
         return (int(index), *draws)
 
 
-class BatchedNoise(Noise):
-    def __getitems__(self, indices):
-        return [self[index] for index in indices]
-
-
 class Failing(Noise):
     def __init__(self, error):
         self.error = error
@@ -96,24 +91,7 @@ def test_wrapped_data_sets_are_seeded_by_sample(make):
     assert fetch(dataset, [7])[0] == fetch(Noise(), [4, 7])[0][1:]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda data: data,
-        lambda data: Subset(data, range(20)),
-        lambda data: Subset(Subset(data, range(20)), range(20)),
-    ],
-)
-def test_data_sets_that_fetch_batches_are_seeded_by_batch(make):
-    dataset = make(BatchedNoise())
-    batch = fetch(dataset, [4, 7], number=2)
-    torch.rand(3)
-    assert fetch(dataset, [4, 7], number=2) == batch
-    assert fetch(dataset, [4, 7], number=3)[0] != batch[0]
-    assert fetch(dataset, [5, 7], number=2)[0][1] != batch[0][1]
-
-
-@pytest.mark.parametrize("dataset", [Noise(), BatchedNoise(), Failing(OSError())])
+@pytest.mark.parametrize("dataset", [Noise(), Failing(OSError())])
 def test_main_process_keeps_its_random_numbers(dataset):
     random.gauss(0, 1), np.random.standard_normal()
     state = rng_state()
@@ -177,18 +155,6 @@ def test_error_of_a_sample_keeps_its_type_and_names_the_sample(error):
         fetch(Failing(error), [4, 3, 5], number=7)
     assert caught.value is error
     assert error.__notes__ == ["Helios: in sample 3 of batch 7"]
-
-
-def test_error_of_a_fetched_batch_names_its_samples():
-    class Broken(BatchedNoise):
-        def __getitems__(self, indices):
-            raise OSError
-
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # its note is what is tested
-        fetch(Broken(), list(range(10)))
-    assert caught.value.__notes__ == [
-        "Helios: in sample [0, 1, 2, 3, 4, 5, ...] of batch 0"
-    ]
 
 
 def test_error_of_gathering_names_the_samples():
