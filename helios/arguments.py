@@ -53,7 +53,7 @@ def check_arguments(trainer: Trainer) -> None:
         if is_right and name == "callbacks":
             is_right = all(isinstance(member, Callback) for member in value)
         if is_right and name.endswith("_exceptions"):
-            is_right = all(isinstance(member, type) for member in value)
+            is_right = all(BaseException in getattr(m, "__mro__", ()) for m in value)
         if not is_right:
             raise TypeError(f"`{name}` must be {expected}, got {value!r}")
     precision = trainer.mixed_precision

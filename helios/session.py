@@ -72,8 +72,6 @@ class Session:
         """Ask the run to save and stop at the next batch; any rank, any thread."""
         self.stop_reason = self.stop_reason or reason
 
-    # Saving.
-
     def _save(self) -> None:
         """Save a checkpoint, unless this state is saved already; every rank must call.
 
@@ -172,8 +170,6 @@ class Session:
         self.logger.error(
             "A CHECKPOINT COULD NOT BE WRITTEN, the last good one stands: %s", error
         )
-
-    # Resuming.
 
     def restore(self, resume: Any, *, allow_inexact: bool) -> bool:
         """Take up a checkpoint, if there is one; every rank must call.
@@ -275,8 +271,6 @@ class Session:
                 is_tensor = isinstance(value, torch.Tensor)
                 book[key] = value.to(self.engine.device) if is_tensor else value
 
-    # Logging.
-
     def keep(self, what: str | None) -> None:
         """Keep the "latest" or the "means" for :meth:`flush`; None: write at once."""
         self._keeps = what
@@ -327,8 +321,6 @@ class Session:
         self.logger.info("epoch %d  step %d  %s", epoch, step, shown)
         for hook in self._log_hooks:
             hook(self, numbers)
-
-    # The end.
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the last checkpoint is on the disk; every rank must call.

@@ -95,6 +95,7 @@ class Trainer:
         self.engine: Engine | None = None
         self._fitted: Model | None = None
         self._session: Session | None = None
+        self._stop_reason: str | None = None
         self._state = TrainingState()
         roots = [] if self.src_root is None else [os.fspath(self.src_root)]
         prefix = self.import_prefix and f"{self.import_prefix}."
@@ -103,6 +104,7 @@ class Trainer:
 
     def request_stop(self, reason: str = "asked by the program") -> None:
         """Ask the run in progress to save and stop at the next batch."""
+        self._stop_reason = reason
         if self._session is not None:
             self._session.request_stop(reason)
 
@@ -233,6 +235,7 @@ class Trainer:
             async_save=self.async_save,
             callbacks=self._hooks,
         )
+        self._session.stop_reason = self._stop_reason
         return self._session
 
     def _make_schedule(self, accumulation_steps: int) -> Schedule:
@@ -270,7 +273,11 @@ class Trainer:
             torch_flags(self.enable_cudnn_benchmark, self.enable_deterministic),
         ):
             try:
-                yield engine
+                self._stop_reason = None
+                try:
+                    yield engine
+                finally:
+                    datamodule.teardown()
             except BaseException as error:
                 if not isinstance(error, tuple(silent)):
                     log.critical("rank %d failed", engine.rank, exc_info=error)
@@ -280,13 +287,10 @@ class Trainer:
                 raise
             finally:
                 session, self._session, model._session = self._session, None, None
-                try:
-                    datamodule.teardown()
-                finally:
-                    self._bar.close()
-                    if session is not None:
-                        session.close()
-                    open_writer(None)
+                self._bar.close()
+                if session is not None:
+                    session.close()
+                open_writer(None)
 
     def _make_engine(self) -> Engine:
         root = self.run_path or self.log_root

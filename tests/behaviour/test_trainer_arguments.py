@@ -71,6 +71,7 @@ TRAINERS = [
     ({"resume": 3}, WRONG, "`resume` must be .*, got 3"),
     ({"accelerator": "mine"}, WRONG, "`accelerator` must be .*, got 'mine'"),
     ({"train_exceptions": [3]}, WRONG, "`train_exceptions` must be .*3"),
+    ({"train_exceptions": [int]}, WRONG, "`train_exceptions` must be .*int"),
     ({"train_exceptions": OSError}, WRONG, "`train_exceptions` must be .*OSError"),
     ({"test_exceptions": ["OSError"]}, WRONG, "`test_exceptions` must be .*OSError"),
 ]

@@ -756,3 +756,22 @@ def test_callback_state_is_saved_with_the_run(tmp_path):
     train(IdModel(), IndexData(3), tmp_path, counter, total_steps=3)
     assert counter.batches == 9
     assert isinstance(RecordingCallback(), helios.Callback)
+
+
+@pytest.mark.parametrize("place", ["prepare_data", "setup"])
+def test_stop_that_is_asked_for_while_data_are_set_up_is_honoured(tmp_path, place):
+    class Data(IndexData):
+        asks = True
+
+    def asking(self):
+        if self.asks:
+            self.trainer.request_stop("the test")
+        return getattr(IndexData, place)(self)
+
+    setattr(Data, place, asking)
+    model, again = IdModel(), IdModel()
+    assert not train(model, Data(3), tmp_path, total_steps=1)[0]
+    assert model.batches == []
+    Data.asks = False
+    assert train(again, Data(3), tmp_path, total_steps=1)[0]
+    assert len(again.batches) == 3
