@@ -345,26 +345,6 @@ def test_callbacks_hear_what_is_logged(tmp_path):
     assert model.trace.count("callback on_log loss") == 2
 
 
-class Reader(helios.Callback):
-    """Reads what TensorBoard has on the disk whenever a checkpoint is there."""
-
-    def __init__(self, folder):
-        self.folder, self.steps = folder, []
-
-    def on_checkpoint_saved(self, session, path):
-        events = EventAccumulator(str(self.folder), size_guidance={"scalars": 0})
-        events.Reload()
-        self.steps.append(events.Scalars("loss")[-1].step)
-
-
-def test_what_was_logged_is_on_the_disk_before_the_checkpoint(tmp_path):
-    reader = Reader(tmp_path / "run")
-    options = {"log_root": tmp_path, "enable_tensorboard": True, "async_save": False}
-    options |= {"chkpt_frequency": 1, "print_frequency": 1, "total_steps": 3}
-    train(IdModel(), IndexData(2), tmp_path / "checkpoints", reader, **options)
-    assert reader.steps == [2, 4, 6]
-
-
 def test_error_of_a_teardown_is_logged(tmp_path, capsys):
     class Data(IndexData):
         def teardown(self):
