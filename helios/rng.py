@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from helios.errors import ResumeError
 
@@ -32,6 +33,19 @@ def derive_key(*parts: int) -> int:
             key, part = _mix(key ^ (part & _MASK)), part >> 64
         key = _mix(key ^ part)
     return key
+
+
+def uniforms(key: int, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return a uniform number in [0, 1) for each position of the sequence of `key`.
+
+    The sequence is that of splitmix64, which can be entered anywhere.
+    """
+    z = (positions.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(key)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def get_default_seed() -> int:

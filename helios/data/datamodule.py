@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import enum
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from helios.data.loader import DataLoaderParams, ResumableDataLoader, create_dataloader
+from helios.data.loader import ResumableDataLoader, create_dataloader
+from helios.data.packages import is_stream
+from helios.data.params import DataLoaderParams
 from helios.data.samplers import ResumableSampler
 from helios.errors import DataError
 from helios.rng import derive_key, get_default_seed
@@ -17,8 +20,27 @@ if TYPE_CHECKING:
 
 
 Params: TypeAlias = DataLoaderParams | Mapping[str, Any] | None
+Loading: TypeAlias = tuple[ResumableDataLoader, ResumableSampler | None]
 
-_TRAIN, _VALID, _TEST = range(3)
+
+class DatasetSplit(enum.Enum):
+    """What a data set is for."""
+
+    TRAIN = 0
+    VALID = 1
+    TEST = 2
+
+    @classmethod
+    def from_str(cls, label: str) -> DatasetSplit:
+        """The split of that name, in any case; a ValueError where there is none."""
+        for split in cls:
+            if label.lower() == split.name.lower():
+                return split
+        names = ", ".join(split.name.lower() for split in cls)
+        raise ValueError(f"`label` must be one of {names}, got {label!r}")
+
+
+_TRAIN, _VALID, _TEST = DatasetSplit
 
 
 @dataclasses.dataclass
@@ -27,6 +49,24 @@ class Dataset:
 
     dataset: Any
     params: DataLoaderParams
+
+
+def loader_of(found: Any, phase: str) -> ResumableDataLoader | None:
+    """The loader of what a DataModule's method returned; DataError if it is no such."""
+    loader = found[0] if isinstance(found, tuple) and found else found
+    if loader is None or isinstance(loader, ResumableDataLoader):
+        return loader
+    raise DataError(
+        f"the {phase} data must come from a loader that can be entered anywhere, got "
+        f"{type(loader).__name__}; return `helios.data.create_dataloader(...)`"
+    )
+
+
+def _mark(dataset: Any) -> str:
+    """What tells a data set from others: its type, and the mark of a `datasets` one."""
+    own = getattr(dataset, "_fingerprint", None)
+    name = type(dataset).__name__
+    return f"{name} {own}" if isinstance(own, str) else name
 
 
 class DataModule(abc.ABC):
@@ -45,6 +85,8 @@ class DataModule(abc.ABC):
         self._valid_dataset: Dataset | None = None
         self._test_dataset: Dataset | None = None
         self._phase = 0
+        # In how many streams each iterable data set is read; see `streams`.
+        self._streams: dict[str, int] = {}
 
     @property
     def is_distributed(self) -> bool:
@@ -76,15 +118,15 @@ class DataModule(abc.ABC):
     def teardown(self) -> None:
         """After training or testing, also after a failed one."""
 
-    def train_dataloader(self) -> tuple[ResumableDataLoader, ResumableSampler] | None:
+    def train_dataloader(self) -> Loading | None:
         """A new loader of the current training phase, and its sampler."""
         return self._loader(self._current(), _TRAIN, self._phase)
 
-    def valid_dataloader(self) -> tuple[ResumableDataLoader, ResumableSampler] | None:
+    def valid_dataloader(self) -> Loading | None:
         """A new loader for validation, and its sampler."""
         return self._loader(self._valid_dataset, _VALID)
 
-    def test_dataloader(self) -> tuple[ResumableDataLoader, ResumableSampler] | None:
+    def test_dataloader(self) -> Loading | None:
         """A new loader for tests, and its sampler."""
         return self._loader(self._test_dataset, _TEST)
 
@@ -93,8 +135,14 @@ class DataModule(abc.ABC):
         found = self.train_dataloader()
         if found is None:
             raise DataError("there are no training data")
+        batches = found[0].batches_per_epoch
+        if batches is None:
+            raise DataError(
+                "how many steps an epoch of an iterable data set has is not known "
+                "before it is read; override `get_train_steps_per_epoch` if you know"
+            )
         window = self.trainer.engine.accumulation_steps if self.trainer.engine else 1
-        return -(-found[0].batches_per_epoch // window)
+        return -(-batches // window)
 
     def advance_train_phase(self) -> bool:
         """Go on to the next training phase; False if there is none."""
@@ -110,20 +158,45 @@ class DataModule(abc.ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put :meth:`state_dict` back."""
 
+    def identities(self) -> dict[str, dict[str, Any]]:
+        """What to compare at a resume, by what a difference costs."""
+        phases = list(enumerate(self._phases()))
+        marks = {f"phase {i}": _mark(phase.dataset) for i, phase in phases}
+        workers = {
+            f"`num_workers` of phase {i}": p.params.num_workers for i, p in phases
+        }
+        return {
+            "train_data": self.identity(),
+            "data_fingerprint": marks,
+            "loading": workers,
+        }
+
     def identity(self) -> dict[str, Any]:
         """What the order of the training samples depends on."""
         facts: dict[str, Any] = {}
-        for i, phase in enumerate(self._train_phases or [self._train_dataset]):
-            loader = self._loader(phase, _TRAIN, i)
-            if loader is None or phase is None:
-                continue
+        for i, phase in enumerate(self._phases()):
+            found = self._loader(phase, _TRAIN, i)
+            assert found is not None
+            loader, sampler = found
             batch = phase.params.batch_size * self._ranks()["world_size"]
-            facts[f"samples of phase {i}"] = loader[0].num_samples
-            facts[f"global batch of phase {i}"] = batch
-            facts[f"sampler of phase {i}"] = type(loader[1]).__name__
-            facts[f"drop_last of phase {i}"] = phase.params.drop_last
-            facts[f"seed of phase {i}"] = self._seed(phase, _TRAIN, i)
+            own = {"sampler": "a stream"} if sampler is None else sampler.identity()
+            own |= {"samples": loader.num_samples, "global batch": batch}
+            own |= {"drop_last": phase.params.drop_last}
+            own |= {"seed": self._seed(phase, _TRAIN, i)}
+            facts |= {f"{name} of phase {i}": value for name, value in own.items()}
         return facts
+
+    def streams(self) -> dict[str, int]:
+        """In how many streams each iterable data set is read, on each rank.
+
+        A run begins with as many as there are workers. To change them would change the
+        order, so they are saved, and `adopt_streams` takes them up.
+        """
+        return dict(self._streams)
+
+    def adopt_streams(self, counts: Mapping[str, int]) -> None:
+        """Read iterable data sets in as many streams as the run began with."""
+        self._streams.update(counts)
 
     def _create_dataset(self, dataset: Any, params: Params = None) -> Dataset:
         """A data set with a copy of its parameters."""
@@ -151,24 +224,37 @@ class DataModule(abc.ABC):
         phases = self._train_phases
         return phases[self._phase] if phases else self._train_dataset
 
+    def _phases(self) -> list[Dataset]:
+        """The data of all training phases."""
+        older = [] if self._train_dataset is None else [self._train_dataset]
+        return self._train_phases or older
+
     def _ranks(self) -> dict[str, int]:
         engine = getattr(self, "trainer", None) and self.trainer.engine
         if engine is None:
             return {"rank": 0, "world_size": 1}
         return {"rank": engine.rank, "world_size": engine.world_size}
 
-    def _seed(self, data: Dataset, split: int, phase: int) -> int:
+    def _seed(self, data: Dataset, split: DatasetSplit, phase: int) -> int:
         seed = data.params.random_seed
         if seed is None:
             seed = self.trainer.seed if hasattr(self, "trainer") else get_default_seed()
-        return derive_key(seed, split, phase)
+        return derive_key(seed, split.value, phase)
 
     def _loader(
-        self, data: Dataset | None, split: int, phase: int = 0
-    ) -> tuple[ResumableDataLoader, ResumableSampler] | None:
+        self, data: Dataset | None, split: DatasetSplit, phase: int = 0
+    ) -> Loading | None:
         if data is None:
             return None
         seed = self._seed(data, split, phase)
         # The seed of the parameters is in this one.
         own: dict[str, Any] = {"seed": seed, "random_seed": None, **self._ranks()}
-        return create_dataloader(data.dataset, data.params, **own)
+        if data.params.pin_memory is None:
+            engine = getattr(self, "trainer", None) and self.trainer.engine
+            own["pin_memory"] = engine is not None and engine.device.type == "cuda"
+        name = f"train {phase}" if split is _TRAIN else split.name.lower()
+        own["streams"] = self._streams.get(name)
+        found = create_dataloader(data.dataset, data.params, **own)
+        if is_stream(data.dataset):
+            self._streams[name] = found[0].plan.streams
+        return found

@@ -1,139 +1,331 @@
-"""The loader of map-style data sets that can be entered at any batch; its settings."""
+"""The loader: batches of any data set, from any batch on."""
 
-import dataclasses
-import difflib
+from __future__ import annotations
+
+import collections
+import contextlib
 import operator
 import signal
-from collections.abc import Callable, Mapping
-from inspect import formatannotation
-from multiprocessing import context, resource_tracker, util
-from typing import Any, get_args, get_origin
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing import connection, resource_tracker, util
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data._utils import signal_handling
 
-from helios.data import samplers, seeding
+from helios.data import fetching, replay, samplers
+from helios.data.batches import GivenBatches, Loaded, Plan, RankBatches, SampleBatches
+from helios.data.packages import is_stream, streams_of
+from helios.data.params import WORKER_SETTINGS, DataLoaderParams
+from helios.data.requests import StreamRequests
+from helios.data.streams import StreamedDataset, StreamSettings
 from helios.errors import DataError
+from helios.rng import get_default_seed
 
-_LEAST = {"batch_size": 1, "num_workers": 0, "prefetch_factor": 1, "timeout": 0}
-_MULTI = {"prefetch_factor", "persistent_workers", "timeout", "multiprocessing_context"}
-_PASSED_ON = {"num_workers", "pin_memory", "pin_memory_device", *_MULTI}
-
-
-@dataclasses.dataclass
-class DataLoaderParams:
-    """How a data set is to be loaded; most names are those of torch's `DataLoader`."""
-
-    random_seed: int | None = None  # None: that of the run
-    batch_size: int = 1  # of each rank
-    shuffle: bool = False
-    num_workers: int = 0
-    pin_memory: bool = False
-    drop_last: bool = False
-    is_distributed: bool | None = None  # False: each rank reads all samples
-    sampler: samplers.ResumableSamplerType | samplers.ResumableSampler | None = None
-    collate_fn: Callable[[Any], Any] | None = None
-    prefetch_factor: int | None = None
-    persistent_workers: bool = False
-    pin_memory_device: str = ""
-    timeout: int | float = 0.0  # seconds; 0: waits for ever
-    multiprocessing_context: str | context.BaseContext | None = None
-    debug_mode: bool = False  # no workers, and none of their settings
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            name, kind, value = field.name, field.type, getattr(self, field.name)
-            kinds: Any = tuple(get_origin(k) or k for k in get_args(kind) or [kind])
-            if not isinstance(value, kinds) or (value is True and bool not in kinds):
-                hint = "; others are not supported yet" if name == "sampler" else ""
-                expected = formatannotation(kind)
-                raise TypeError(f"`{name}` must be {expected}, got {value!r}{hint}")
-            if name in _LEAST and value is not None and not value >= _LEAST[name]:
-                raise ValueError(f"`{name}` must be >= {_LEAST[name]}, got {value}")
-            if name in _MULTI and value and not (self.num_workers or self.debug_mode):
-                raise ValueError(f"`{name}` needs `num_workers` >= 1, got {value!r}")
-        if self.shuffle and self.sampler is not None:
-            raise ValueError(f"`shuffle` must be False with `sampler` {self.sampler!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the parameters by name; the values are not copied."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "DataLoaderParams":
-        """Make parameters of a mapping; ValueError for a name that is none of them."""
-        for name in sorted(values.keys() - cls.__dataclass_fields__):
-            near = difflib.get_close_matches(name, cls.__dataclass_fields__, 1, 0)[0]
-            raise ValueError(f"`{name}` is no loader parameter; the nearest: `{near}`")
-        return cls(**values)
+# A worker's tensors come through a socket, which may be felt to break first.
+_SIGNS_OF_DEATH = (RuntimeError, OSError, EOFError)
+_PASSED_ON = {"num_workers", "pin_memory", "pin_memory_device", *WORKER_SETTINGS}
 
 
 class ResumableDataLoader(DataLoader[Any]):
-    """A `DataLoader` that iterates from where `seek` says, else over the next epoch."""
+    """A `DataLoader` that iterates from where `plan.seek` says, else the next epoch.
 
-    batch_sampler: samplers.ResumableBatchSampler  # type: ignore[assignment]
+    With map-style data sets the batches are the same whatever the number of workers.
+    """
 
-    def seek(self, epoch: int, batch: int = 0) -> None:
-        """Have the next iteration begin at a batch of an epoch, both counted from 0."""
-        self.batch_sampler.seek(epoch, batch)
+    def __init__(self, dataset: Any, plan: Plan, **options: Any) -> None:
+        self.plan = plan
+        self._asked = _Asked(plan)
+        super().__init__(
+            dataset,
+            batch_sampler=self._asked,
+            collate_fn=operator.itemgetter(0),
+            worker_init_fn=fetching.init_worker,
+            generator=torch.Generator(),  # so that none is drawn from the global one
+            **options,
+        )
+
+    def seek(self, epoch: int, batch: int = 0, cursor: Any = None) -> None:
+        """Have the next iteration begin at a batch of an epoch, both counted from 0.
+
+        `cursor` is that of the batch before: streams cannot be entered without it.
+        """
+        self.plan.seek(epoch, batch, cursor)
+
+    def fetch(self) -> Iterator[Loaded]:
+        """Iterate over the batches with what the loop has to know of them.
+
+        Raises:
+            DataError: a worker died; it names the signal, and what it was loading.
+        """
+        # Made now, and not at the first batch: so are its workers.
+        try:
+            with _children:
+                iterator = super().__iter__()
+        except _SIGNS_OF_DEATH as error:
+            self._check_workers(self._iterator, collections.deque(), error)
+            raise
+        return self.plan.receive(self._results(iterator, self._asked.open))
+
+    def __iter__(self) -> Any:
+        batches = self.fetch()
+        return (loaded.data for loaded in batches)
 
     @property
-    def batches_per_epoch(self) -> int:
-        return len(self.batch_sampler)
+    def batches_per_epoch(self) -> int | None:
+        """Batches of an epoch on this rank; None where only reading can tell."""
+        return self.plan.batches_per_epoch
 
     @property
-    def num_samples(self) -> int:
-        return self.batch_sampler.num_samples  # of all ranks, without padding
+    def num_samples(self) -> int | None:
+        """Samples of an epoch on all ranks, without padding; None as above."""
+        return self.plan.num_samples
+
+    def __len__(self) -> int:
+        if (count := self.batches_per_epoch) is None:
+            raise TypeError("the length of a stream is not known before it is read")
+        return count
+
+    def _results(
+        self, iterator: Any, asked: collections.deque[Any]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Put each result beside its request: they come in the same order."""
+        while True:
+            try:
+                with _children:
+                    data = next(iterator)
+            except StopIteration:
+                return
+            except _SIGNS_OF_DEATH as error:
+                self._check_workers(iterator, asked, error)
+                raise
+            yield asked.popleft(), data
+
+    def _check_workers(
+        self, iterator: Any, asked: collections.deque[Any], error: Exception
+    ) -> None:
+        """Raise a DataError if a worker died: how, and what it was loading."""
+        workers = getattr(iterator, "_workers", [])
+        # Its end may have been felt before it is gone.
+        gone = connection.wait([w.sentinel for w in workers], 0.2) if workers else []
+        for number, worker in enumerate(workers):
+            if worker.sentinel not in gone:
+                continue
+            worker.join()
+            # Requests are dealt out in turn. Some of its answers may be on their way,
+            # but one that was cut off could not be read to its end.
+            open_ones = enumerate(asked, iterator._rcvd_idx)
+            mine = [one for i, one in open_ones if i % self.num_workers == number]
+            what = ", then ".join(map(self.plan.describe, mine)) or "nothing"
+            fetching.kill_workers(workers)
+            self._iterator = None
+            raise DataError(
+                f"worker {number} of the loader died ({_reason(worker.exitcode)}) "
+                f"while it had to load {what}; the run can be started again from the "
+                "batch before"
+            ) from error
 
     def _get_iterator(self) -> Any:
         if self.multiprocessing_context is not None:
             resource_tracker.ensure_running()  # its start would unblock the signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, seeding.IGNORED_SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, fetching.IGNORED_SIGNALS)
         try:
             iterator = super()._get_iterator()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        workers = getattr(iterator, "_workers", [])
-        util.Finalize(iterator, seeding.kill_workers, (workers,), exitpriority=0)
+        if workers := getattr(iterator, "_workers", []):
+            _children.watch()
+            util.Finalize(iterator, fetching.kill_workers, (workers,), exitpriority=0)
         return iterator
+
+
+class _Asked(Sampler[Any]):
+    """Passes requests on, and keeps those that are not answered yet."""
+
+    def __init__(self, requests: Sampler[Any]) -> None:
+        self._requests = requests
+        self.open: collections.deque[Any] = collections.deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        self.open = collections.deque()  # of this iteration; others may be under way
+        return self._pass_on(self.open)
+
+    def _pass_on(self, asked: collections.deque[Any]) -> Iterator[Any]:
+        for request in self._requests:
+            asked.append(request)
+            yield request
+
+    def __len__(self) -> int:
+        return len(self._requests)  # type: ignore[arg-type]  # the loader knows better
+
+
+class _Children:
+    """Keeps torch's report of a dead worker for the next fetch.
+
+    Its handler of SIGCHLD raises wherever the main thread is: in the middle of a step,
+    whose state could not be saved then.
+    """
+
+    def __init__(self) -> None:
+        self._report: Callable[..., Any] | None = None
+        self._is_fetching = self._is_pending = False
+
+    def watch(self) -> None:
+        """Take the place of the handler that torch installs with its first worker."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        handler: Any = signal.getsignal(signal.SIGCHLD)
+        # A user's is left alone: it may pass the signal on to this one.
+        if getattr(handler, "__module__", None) == signal_handling.__name__:
+            self._report = handler
+            signal.signal(signal.SIGCHLD, self._on_child)
+
+    def _on_child(self, number: int, frame: Any) -> None:
+        if self._is_fetching and self._report is not None:
+            self._report(number, frame)
+        else:
+            self._is_pending = True
+
+    def __enter__(self) -> None:
+        if self._is_pending and self._report is not None:
+            self._is_pending = False
+            self._report(signal.SIGCHLD, None)
+        self._is_fetching = True
+
+    def __exit__(self, *_: object) -> None:
+        self._is_fetching = False
+
+
+_children = _Children()
 
 
 def create_dataloader(
     dataset: Any,
     params: DataLoaderParams | Mapping[str, Any] | None = None,
     *,
-    seed: int,
+    seed: int | None = None,
     rank: int = 0,
     world_size: int = 1,
+    streams: int | None = None,
     **overrides: Any,
-) -> tuple[ResumableDataLoader, samplers.ResumableSampler]:
-    """Make a map-style data set's loader; DataError where that could yield nothing."""
+) -> tuple[ResumableDataLoader, samplers.ResumableSampler | None]:
+    """Make a data set's loader; `overrides` are parameters that count more.
+
+    `streams` is in how many an iterable data set is read on each rank, where that is
+    not for `num_workers` to say. The sampler is None for iterable data sets.
+
+    Raises:
+        DataError: it could yield nothing.
+        TypeError, ValueError: wrong parameters.
+    """
     given = params.to_dict() if isinstance(params, DataLoaderParams) else params or {}
     params = DataLoaderParams.from_dict({**given, **overrides})
-    kind, sampler = type(dataset).__name__, params.sampler
-    if isinstance(dataset, IterableDataset):
-        raise DataError(f"iterable data sets are not supported yet, got {kind}")
+    if params.random_seed is not None:
+        seed = params.random_seed
+    seed = get_default_seed() if seed is None else seed
     rank, world_size = (0, 1) if params.is_distributed is False else (rank, world_size)
-    seed = seed if params.random_seed is None else params.random_seed
-    if params.shuffle or sampler is samplers.ResumableSamplerType.RANDOM:
-        sampler = samplers.ResumableRandomSampler(dataset, seed=seed)
-    elif not isinstance(sampler, samplers.ResumableSampler):
-        sampler = samplers.ResumableSequentialSampler(dataset, seed=seed)
-    if (count := operator.length_hint(sampler)) == 0:
+    names = {"pin_memory"} if params.debug_mode else _PASSED_ON
+    options: Any = {k: v for k, v in vars(params).items() if k in names and v}
+    if is_stream(dataset):
+        return _stream_loader(
+            dataset, params, seed, rank, world_size, streams, options
+        ), None
+    sampler = _sampler(dataset, params, seed, rank, world_size)
+    kind = type(dataset).__name__
+    length = _length(sampler)
+    if not length:
         raise DataError(f"the data set is empty: {kind} has a length of 0, or none")
-    batches = samplers.ResumableBatchSampler(
-        sampler, params.batch_size, params.drop_last, seed, rank, world_size
-    )
+    ranks: Any = {"seed": seed, "rank": rank, "world_size": world_size}
+    batches: RankBatches
+    if replay.yields_batches(sampler):
+        if params.batch_size != 1:
+            raise ValueError(
+                f"`batch_size` must be left out with a batch sampler "
+                f"({type(params.sampler).__name__}), got {params.batch_size}"
+            )
+        batches = GivenBatches(sampler, drop_last=params.drop_last, **ranks)
+    else:
+        batches = SampleBatches(
+            sampler, batch_size=params.batch_size, drop_last=params.drop_last, **ranks
+        )
     if len(batches) == 0:
         raise DataError(
-            f"{count} samples fill no batch; lower `batch_size` or turn `drop_last` off"
+            f"{length} samples fill no batch; lower `batch_size` or turn `drop_last` "
+            "off"
         )
-    names = {"pin_memory"} if params.debug_mode else _PASSED_ON
-    options: Any = {k: v for k, v in vars(params).items() if v and k in names}
-    options |= {"batch_sampler": batches, "generator": torch.Generator()}
-    options |= {
-        "collate_fn": operator.itemgetter(0),
-        "worker_init_fn": seeding.init_worker,
-    }
-    wrapped = seeding.SeededDataset(dataset, params.collate_fn)
-    return ResumableDataLoader(wrapped, **options), sampler
+    fetched = fetching.SeededDataset(dataset, params.collate_fn)
+    return ResumableDataLoader(fetched, batches, **options), sampler
+
+
+def _sampler(
+    dataset: Any, params: DataLoaderParams, seed: int, rank: int, world_size: int
+) -> samplers.ResumableSampler:
+    sampler, kinds = params.sampler, samplers.ResumableSamplerType
+    if sampler is kinds.DISTRIBUTED:
+        return samplers.ResumableDistributedSampler(
+            dataset,
+            num_replicas=world_size,
+            rank=rank,
+            shuffle=True,
+            drop_last=params.drop_last,
+            seed=seed,
+            batch_size=params.batch_size,
+        )
+    if params.shuffle or sampler is kinds.RANDOM:
+        return samplers.ResumableRandomSampler(dataset, seed=seed)
+    if sampler is None or sampler is kinds.SEQUENTIAL:
+        return samplers.ResumableSequentialSampler(dataset, seed=seed)
+    if isinstance(sampler, samplers.ResumableSampler):
+        if not sampler.has_seed:
+            sampler.seed = seed
+        return sampler
+    assert isinstance(sampler, Iterable)
+    replayed = replay.ReplayedSampler(sampler, seed=seed)
+    replayed.check()
+    return replayed
+
+
+def _stream_loader(
+    dataset: Any,
+    params: DataLoaderParams,
+    seed: int,
+    rank: int,
+    world_size: int,
+    streams: int | None,
+    options: dict[str, Any],
+) -> ResumableDataLoader:
+    kind = type(dataset).__name__
+    for name in ("shuffle", "sampler"):
+        if getattr(params, name):
+            raise ValueError(
+                f"`{name}` must be left out with an iterable data set ({kind}), which "
+                "has an order of its own"
+            )
+    workers = options.pop("num_workers", 0)
+    streams = streams or streams_of(dataset, workers, world_size)
+    # Each stream must stay with one worker.
+    workers = max((n for n in range(1, workers + 1) if streams % n == 0), default=0)
+    if workers == 0:
+        for name in WORKER_SETTINGS:
+            options.pop(name, None)
+    settings = StreamSettings(
+        params.batch_size, params.drop_last, streams, rank, world_size
+    )
+    requests = StreamRequests(settings, seed=seed, workers=workers)
+    fetched = StreamedDataset(dataset, params.collate_fn, settings)
+    return ResumableDataLoader(fetched, requests, num_workers=workers, **options)
+
+
+def _reason(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exit status {exit_code}"
+    hint = ", as where memory is short" if -exit_code == signal.SIGKILL else ""
+    return f"signal {signal.Signals(-exit_code).name}{hint}"
+
+
+def _length(sized: Any) -> int:
+    with contextlib.suppress(TypeError):
+        return len(sized)
+    return 0

@@ -1,15 +1,21 @@
-"""The order of samples and its cut into batches: pure functions of a position."""
+"""The order of samples: samplers whose epoch can be entered at any position."""
 
 import enum
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain, count, cycle, islice
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Sampler
 
 from helios import rng
 from helios.data.permutation import Permutation
+from helios.registry import Registry
+
+SAMPLER_REGISTRY = Registry("sampler")
+
+_BLOCK = 4096
 
 
 class ResumableSamplerType(enum.Enum):
@@ -17,118 +23,178 @@ class ResumableSamplerType(enum.Enum):
 
     RANDOM = "random"
     SEQUENTIAL = "sequential"
+    DISTRIBUTED = "distributed"
 
 
-class KeyedBatch(NamedTuple):
-    """What a loader's workers are sent."""
+class ResumableSampler(Sampler[Any]):
+    """Base of samplers whose epoch can be entered anywhere: override `at` or `order`.
 
-    key: int  # of (seed, epoch): the same on all ranks
-    number: int  # within the epoch
-    indices: list[int]  # of this rank
+    `at` is the quicker one, and needs no memory; `order` suits what can only be
+    computed one after the other. Both must depend on the seed, the epoch and the
+    position alone. One that yields lists of indices is a batch sampler; its positions,
+    and its length, then count batches.
 
-
-class ResumableSampler(Sampler[int]):
-    """Base of samplers whose epoch can be entered at any batch: override `order`.
-
-    `start_iter`, in batches, concerns the next iteration only; the batch sampler sets
-    `batch_size`: that of all ranks together. An overridden `__iter__` works too, if it
-    leaves out `start_iter * batch_size` samples, and draws of `seed` and `epoch` alone.
+    `start_iter`, in batches, concerns the next iteration only; the loader sets
+    `batch_size`: that of all ranks together, and `seed`, where None was given: that of
+    the run. Older samplers override `__iter__`, which works too, if it leaves out
+    `start_iter * batch_size` samples.
     """
 
-    def __init__(self, data_source: Any, *, seed: int | None = None) -> None:
+    #: Whether the sampler yields the part of one rank, rather than all ranks' samples;
+    #: all ranks must have as many.
+    is_sharded = False
+
+    def __init__(
+        self,
+        data_source: Any,
+        *,
+        batch_size: int = 1,
+        seed: int | None = None,
+        start_iter: int = 0,
+    ) -> None:
         self.data_source = data_source
+        self.batch_size = batch_size
+        self.has_seed = seed is not None
         self.seed = rng.get_default_seed() if seed is None else seed
-        self.epoch, self.start_iter, self.batch_size = 0, 0, 1
+        self.start_iter, self.epoch = start_iter, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def order(self, epoch: int, start: int) -> Iterator[int]:
-        """Yield the samples from position `start` on: of (seed, epoch, start) alone."""
-        raise NotImplementedError(f"{type(self).__name__} must override `order`")
+    def at(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the samples at positions in [0, len), as an array of their shape."""
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} must override `at` or `order`")
 
-    def __iter__(self) -> Iterator[int]:
+    def order(self, epoch: int, start: int) -> Iterator[Any]:
+        """Yield the epoch's samples from position `start` on."""
+        for first in range(start, len(self), _BLOCK):
+            last = min(first + _BLOCK, len(self))
+            yield from self.at(epoch, np.arange(first, last)).tolist()
+
+    def real(self, rank: int) -> int:
+        """Of one that `is_sharded`: how many samples of a rank are no padding."""
+        return len(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on, as plain values."""
+        own = {"seed of the sampler": self.seed} if self.has_seed else {}
+        return {"sampler": type(self).__name__, **own}
+
+    def __iter__(self) -> Iterator[Any]:
         start, self.start_iter = self.start_iter * self.batch_size, 0
         return self.order(self.epoch, start)
 
     def __len__(self) -> int:
         return len(self.data_source)
 
+    def overridden(self) -> str:
+        """Which of "at", "order" and "__iter__" the most derived class defines."""
+        for cls in type(self).__mro__:
+            for name in ("__iter__", "order", "at"):
+                if name in vars(cls):
+                    # Both in one class: `order` is the base's business then.
+                    return "at" if "at" in vars(cls) and name == "order" else name
+        raise AssertionError("the base defines all of them")
 
+
+@SAMPLER_REGISTRY.register
 class ResumableSequentialSampler(ResumableSampler):
     """The samples in order."""
 
-    def order(self, epoch: int, start: int) -> Iterator[int]:
-        return iter(range(start, len(self)))
+    def at(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        return positions
 
 
+@SAMPLER_REGISTRY.register
 class ResumableRandomSampler(ResumableSampler):
     """The samples in a shuffled order, another one in every epoch."""
 
-    def order(self, epoch: int, start: int) -> Iterator[int]:
-        return Permutation(len(self), rng.derive_key(self.seed, epoch)).iterate(start)
+    def at(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        key = rng.derive_key(self.seed, epoch)
+        return Permutation(len(self), key).at(positions)
 
 
-@dataclass(eq=False)
-class ResumableBatchSampler(Sampler[KeyedBatch]):
-    """Cuts a sampler's order into the batches of this rank.
+@SAMPLER_REGISTRY.register
+class ResumableSubsetRandomSampler(ResumableSampler):
+    """Some samples, those of `indices`, in a shuffled order."""
 
-    Global batch b is the positions [b*W*B, (b+1)*W*B) for W ranks of batch size B, and
-    rank r has its r-th part. A short last batch of R samples is left out (`drop_last`),
-    or each rank has ceil(R/W) of them, the missing ones from the start of the epoch.
+    def __init__(self, indices: ArrayLike, **options: Any) -> None:
+        found = np.asarray(indices)
+        if found.ndim != 1 or found.size == 0 or found.dtype.kind not in "iu":
+            raise ValueError(
+                f"`indices` must be a list of ints, not empty, got {indices!r:.200}"
+            )
+        super().__init__(found.astype(np.int64), **options)
 
-    The cursor is the sampler's `epoch` and `start_iter`; left alone, the next epoch.
+    def at(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        key = rng.derive_key(self.seed, epoch)
+        found: NDArray[np.int64] = self.data_source[
+            Permutation(len(self), key).at(positions)
+        ]
+        return found
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "indices": checksum(self.data_source)}
+
+
+@SAMPLER_REGISTRY.register
+class ResumableDistributedSampler(ResumableSampler):
+    """One rank's samples, as the loader would cut them out of the whole order.
+
+    For older projects: the loader shares every other sampler's order out by itself.
     """
 
-    sampler: ResumableSampler
-    batch_size: int  # of each rank
-    drop_last: bool
-    seed: int  # of the keys
-    rank: int = 0
-    world_size: int = 1
-    _taken: int | None = field(default=None, init=False)
+    is_sharded = True
 
-    def __post_init__(self) -> None:
-        self.sampler.batch_size = self.batch_size * self.world_size
+    def __init__(
+        self,
+        data_source: Any,
+        *,
+        num_replicas: int,
+        rank: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(data_source, **options)
+        self.num_replicas, self.rank = num_replicas, rank
+        self.shuffle, self.drop_last = shuffle, drop_last
 
-    def seek(self, epoch: int, batch: int = 0) -> None:
-        """Have the next iteration begin there; past the last batch it yields none."""
-        if epoch < 0 or batch < 0:
-            raise ValueError(f"`epoch`, `batch` must be >= 0, got {epoch}, {batch}")
-        self.sampler.set_epoch(epoch)
-        self.sampler.start_iter, self._taken = batch, None
+    def at(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        whole, size, ranks = len(self.data_source), self.batch_size, self.num_replicas
+        full, rest = divmod(whole, size * ranks)
+        found = positions // size * size * ranks + self.rank * size + positions % size
+        # The last batch: ceil(rest / ranks) of each rank, the missing ones from the
+        # start of the epoch.
+        tail = -(-rest // ranks) * self.rank + positions - full * size
+        last = np.where(tail < rest, full * size * ranks + tail, (tail - rest) % whole)
+        found = np.where(positions < full * size, found, last)
+        if not self.shuffle:
+            return found
+        return Permutation(whole, rng.derive_key(self.seed, epoch)).at(found)
 
-    def __iter__(self) -> Iterator[KeyedBatch]:
-        """Take the cursor, at the first batch (torch makes two iterators, uses one)."""
-        sampler = self.sampler
-        if sampler.epoch == self._taken and not sampler.start_iter:
-            sampler.set_epoch(self._taken + 1)
-        self._taken = epoch = sampler.epoch
-        first, sampler.start_iter = sampler.start_iter, 0
-        key, order = rng.derive_key(self.seed, epoch), self._order(epoch, first)
-        for number in count(first):
-            batch = list(islice(order, sampler.batch_size))
-            if not batch or (len(batch) < sampler.batch_size and self.drop_last):
-                return
-            share = -(-len(batch) // self.world_size)
-            if missing := share * self.world_size - len(batch):
-                batch += islice(cycle(self._order(epoch, 0)), missing)
-            yield KeyedBatch(key, number, batch[self.rank * share :][:share])
+    def real(self, rank: int) -> int:
+        full, rest = divmod(len(self.data_source), self.batch_size * self.num_replicas)
+        share = -(-rest // self.num_replicas)
+        last = 0 if self.drop_last else min(max(rest - rank * share, 0), share)
+        return full * self.batch_size + last
 
-    def _order(self, epoch: int, first: int) -> Iterator[int]:
-        if type(self.sampler).__iter__ is ResumableSampler.__iter__:
-            return self.sampler.order(epoch, first * self.sampler.batch_size)
-        self.sampler.start_iter = first
-        order = iter(self.sampler)
-        head = list(islice(order, 1))  # a generator reads `start_iter` only now
-        self.sampler.start_iter = 0
-        return chain(head, order)
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "shuffle": self.shuffle}
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.sampler), self.sampler.batch_size)
-        return full + (rest > 0 and not self.drop_last)
+        full, rest = divmod(len(self.data_source), self.batch_size * self.num_replicas)
+        share = -(-rest // self.num_replicas)
+        return full * self.batch_size + (0 if self.drop_last else share)
 
-    @property
-    def num_samples(self) -> int:
-        """Samples of an epoch on all ranks together, padding not counted."""
-        return min(len(self.sampler), len(self) * self.sampler.batch_size)
+
+def create_sampler(type_name: str, *args: Any, **options: Any) -> ResumableSampler:
+    """Make a registered sampler by its class's name."""
+    sampler: ResumableSampler = SAMPLER_REGISTRY.get(type_name)(*args, **options)
+    return sampler
+
+
+def checksum(values: ArrayLike) -> int:
+    """A checksum of numbers, to know them again."""
+    return zlib.crc32(np.ascontiguousarray(values).tobytes())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from helios.errors import ResumeError
 from helios.rng import (
@@ -18,6 +19,7 @@ from helios.rng import (
     restore_rng,
     seed_globals,
     seed_rngs,
+    uniforms,
 )
 
 
@@ -66,6 +68,40 @@ def test_one_changed_bit_changes_half_of_the_key():
 @given(st.lists(st.integers()), st.lists(st.integers()))
 def test_different_parts_have_different_keys(one, other):
     assert (derive_key(*one) == derive_key(*other)) == (one == other)
+
+
+def test_known_uniform_numbers_never_change():
+    # The first of splitmix64 with seed 1234567, in the authors' test vector.
+    words = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    found = uniforms(1234567, np.arange(3))
+    assert found.tolist() == [(word >> 11) * 2.0**-53 for word in words]
+    last = uniforms(2**64 - 1, np.array([2**62])).item()
+    assert last == 0.26512196784043407
+
+
+def test_uniform_numbers_can_be_entered_anywhere_and_leave_positions_alone():
+    positions = np.arange(1000)
+    whole = uniforms(5, positions)
+    assert positions.tolist() == list(range(1000))
+    assert whole.dtype == np.float64
+    chosen = np.array([[999, 0], [17, 17]])
+    assert np.array_equal(uniforms(5, chosen), whole[chosen])
+
+
+@pytest.mark.parametrize("start", [0, 2**40, 2**62])
+def test_uniform_numbers_are_uniform_and_independent(start):
+    numbers = np.stack(
+        [uniforms(derive_key(9, i), start + np.arange(20_000)) for i in range(20)]
+    )
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    assert stats.kstest(numbers.ravel(), "uniform").pvalue > 1e-4
+    low_bits = (numbers * 2**53).astype(np.int64) % 256
+    assert stats.chisquare(np.bincount(low_bits.ravel())).pvalue > 1e-4
+    # Neighbours, and the same positions of two keys.
+    for one, other in (numbers[:, :-1], numbers[:, 1:]), (numbers[:-1], numbers[1:]):
+        cells = (one * 16).astype(int) * 16 + (other * 16).astype(int)
+        assert stats.chisquare(np.bincount(cells.ravel())).pvalue > 1e-4
 
 
 def test_default_generator_is_seeded_with_the_default_seed():

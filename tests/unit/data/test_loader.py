@@ -3,16 +3,26 @@
 import functools
 import multiprocessing
 import os
+import queue
 import random
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import Dataset, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+)
 
 from helios.data.loader import DataLoaderParams, create_dataloader
 from helios.data.samplers import (
@@ -21,6 +31,7 @@ from helios.data.samplers import (
     ResumableSamplerType,
     ResumableSequentialSampler,
 )
+from helios.data.seeding import sample_rng
 from helios.errors import DataError
 from helios.rng import capture_rng, seed_rngs
 
@@ -34,8 +45,16 @@ WORKERS = {
         "persistent_workers": True,
         "multiprocessing_context": "spawn",
     },
+    "forkserver": {
+        "num_workers": 2,
+        "persistent_workers": True,
+        "multiprocessing_context": "forkserver",
+    },
     "debug": {"num_workers": 2, "persistent_workers": True, "debug_mode": True},
 }
+
+
+SLOW_TO_START = ["spawn", "forkserver"]
 
 
 class Backwards(ResumableSampler):
@@ -100,6 +119,88 @@ def test_batches_are_the_same_whatever_loads_them(name):
     assert contents(loader) == expected[0][5:]
     loader.seek(3)
     assert contents(loader) == expected[3]
+
+
+class Fetching(Augmented):
+    """Fetches batches, and draws for a batch as a whole."""
+
+    def __getitems__(self, indices):
+        noise = super().__getitem__(0)
+        return [noise + index for index in indices]
+
+
+class OwnNumbers(Augmented):
+    """Item i is i and draws of the sample's own generators."""
+
+    def __getitem__(self, index):
+        numpy, generator = sample_rng()
+        draws = numpy.normal(), torch.randn(2, generator=generator).tolist()
+        return torch.tensor([float(index), draws[0], *draws[1]], dtype=torch.float64)
+
+
+def own_and_mixed(items):
+    """Collate as `mixed` does, and add draws of the batch's own generators."""
+    rows, draws = mixed(items)
+    numpy, generator = sample_rng()
+    own = numpy.normal(), torch.randn((), generator=generator).item()
+    return rows, torch.cat([draws, torch.tensor(own)])
+
+
+def transform(rows):
+    """Add noise to rows of `datasets`: batches of them."""
+    noise = random.random() + np.random.standard_normal() + torch.randn(()).item()
+    return {"x": [torch.tensor([x, noise], dtype=torch.float64) for x in rows["x"]]}
+
+
+def mixed_columns(rows):
+    return mixed([row["x"] for row in rows])
+
+
+def table():
+    columns = {"x": [float(i) for i in range(23)]}
+    return datasets.Dataset.from_dict(columns)
+
+
+KINDS = {
+    "fetching": (Fetching, mixed),
+    "own_numbers": (OwnNumbers, own_and_mixed),
+    "concatenated": (lambda: ConcatDataset([Augmented(11), Fetching(12)]), mixed),
+    "subset": (lambda: Subset(Augmented(40), range(1, 24)), mixed),
+    "nested": (
+        lambda: ConcatDataset(
+            [
+                Subset(ConcatDataset([Fetching(9), OwnNumbers(9)]), range(3, 15)),
+                Subset(Subset(Augmented(), range(22, 2, -1)), range(11)),
+            ]
+        ),
+        own_and_mixed,
+    ),
+    "subset_of_fetching": (
+        lambda: Subset(Subset(Fetching(), range(22, -1, -1)), range(23)),
+        mixed,
+    ),
+    "datasets": (lambda: table().with_transform(transform), mixed_columns),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [(kind, workers) for kind in KINDS for workers in ("two", "persistent")]
+    + [(kind, workers) for kind in ("nested", "datasets") for workers in SLOW_TO_START],
+)
+def test_draws_are_those_of_one_process_in_any_worker(kind, workers):
+    make_data, collate_fn = KINDS[kind]
+    options = {"batch_size": 4, "shuffle": True, "collate_fn": collate_fn, "seed": 3}
+    alone, _ = create_dataloader(make_data(), **options)
+    expected = [contents(alone) for _ in range(2)]
+    drawn = [row for epoch in expected for _, row in epoch]
+    assert len(set(map(str, drawn))) == 12
+    loader, _ = create_dataloader(make_data(), **options, **WORKERS[workers])
+    state = rng_state()
+    assert [contents(loader) for _ in range(2)] == expected
+    loader.seek(1, 2)
+    assert contents(loader) == expected[1][2:]
+    assert rng_state() == state
 
 
 @pytest.mark.parametrize("name", ["none", "two", "persistent"])
@@ -189,11 +290,219 @@ def test_error_in_a_worker_names_the_sample():
             raise OSError("disk")
 
     loader, _ = create_dataloader(Broken(), seed=1, num_workers=1)
-    with pytest.raises(OSError, match=r"disk[\s\S]*in sample 0 of batch 0"):
+    with pytest.raises(OSError, match=r"disk[\s\S]*in sample 0 \(epoch 0, batch 0\)"):
         list(loader)
 
 
-@pytest.mark.parametrize("name", ["two", "persistent", "spawn"])
+class Deadly(Augmented):
+    """Its worker dies at sample 12, as `end` says, once `may_end` is set."""
+
+    def __init__(self, end):
+        super().__init__(24)
+        self.end, self.may_end = end, multiprocessing.Event()
+
+    def __getitem__(self, index):
+        if index == 12 and self.end is not None:
+            self.may_end.wait()
+            self.end()
+        return super().__getitem__(index)
+
+
+def kill_itself():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def overflow():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def deadly(end=None, **options):
+    options = {"batch_size": 2, "num_workers": 2, "collate_fn": mixed, **options}
+    dataset = Deadly(end)
+    return dataset, create_dataloader(dataset, seed=3, **options)[0]
+
+
+@functools.cache
+def undisturbed():
+    return contents(deadly(num_workers=0)[1])
+
+
+ENDS = {
+    "killed": (kill_itself, r"signal SIGKILL, as where memory is short"),
+    "exited": (lambda: os._exit(3), "exit status 3"),
+    "ended": (lambda: os._exit(0), "exit status 0"),  # torch sends no signal of it
+    "crashed": (overflow, "signal SIGSEGV"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_death_of_a_worker_names_its_reason_and_what_it_loaded(end):
+    act, reason = ENDS[end]
+    dataset, loader = deadly(act)
+    batches = iter(loader)
+    found = [next(batches) for _ in range(5)]
+    dataset.may_end.set()
+    with pytest.raises(DataError) as caught:
+        found += batches
+    # What it had loaded before may not have come: its number is not certain.
+    assert re.fullmatch(
+        rf"worker 0 of the loader died \({reason}\) while it had to load "
+        r"samples \[12, 13\] \(epoch 0, batch 6\), then "
+        r"samples \[16, 17\] \(epoch 0, batch 8\)(, then .*batch 10\))?; "
+        "the run can be started again from the batch before",
+        str(caught.value),
+    )
+    assert contents(found) == undisturbed()[: len(found)]
+    assert len(found) in (5, 6)
+    causes = [caught.value.__cause__]
+    while causes[-1] is not None:
+        causes.append(causes[-1].__cause__)
+    # Only an end without a signal has to be found out, which torch does every 5 s.
+    assert any(isinstance(error, queue.Empty) for error in causes) == (end == "ended")
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_death_of_a_worker_is_raised_by_the_next_fetch_and_not_in_a_step(persistent):
+    dataset, loader = deadly(kill_itself, persistent_workers=persistent)
+    before = multiprocessing.active_children()
+    batches = iter(loader)
+    started = set(multiprocessing.active_children()) - set(before)
+    worker = min(started, key=lambda child: child.pid)
+    found = [next(batches) for _ in range(5)]
+    # The step: with torch's own handler of SIGCHLD this raises.
+    dataset.may_end.set()
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    found.append("the step is done")
+    with pytest.raises(DataError, match=r"worker 0 .*SIGKILL.* load samples \[12, 1"):
+        next(batches)
+    # And once only.
+    assert contents(deadly()[1]) == undisturbed()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_after_the_death_of_a_worker_loaders_go_on_from_the_same_batch(persistent):
+    dataset, loader = deadly(kill_itself, persistent_workers=persistent)
+    dataset.may_end.set()
+    found = []
+    with pytest.raises(DataError):
+        found.extend(loader)
+    done = len(found)
+    _, other = deadly(persistent_workers=persistent)
+    other.seek(0, done)
+    assert contents(other) == undisturbed()[done:]
+    loader.seek(0, 7)  # past the deadly sample
+    assert contents(loader) == undisturbed()[7:]
+
+
+def test_death_of_a_worker_between_epochs_is_raised_by_the_next():
+    before = multiprocessing.active_children()
+    _, loader = deadly(persistent_workers=True)
+    assert contents(loader) == undisturbed()
+    worker = (set(multiprocessing.active_children()) - set(before)).pop()
+    os.kill(worker.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+    with pytest.raises(DataError, match=r"died \(signal SIGKILL.* to load nothing"):
+        iter(loader)
+    loader.seek(0, 3)
+    assert contents(loader) == undisturbed()[3:]
+
+
+def test_death_of_a_worker_ends_the_others():
+    before = multiprocessing.active_children()
+    dataset, loader = deadly(kill_itself, persistent_workers=True)
+    dataset.may_end.set()
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert set(multiprocessing.active_children()) <= set(before)
+    assert caught.tb is not None  # which keeps the loader's iterator
+
+
+class Cut:
+    """Ends its sender where it is received, which fails, as that of a tensor would."""
+
+    def __reduce__(self):
+        return cut_off, (os.getpid(),)
+
+
+def cut_off(pid):
+    os.kill(pid, signal.SIGKILL)
+    raise ConnectionResetError
+
+
+def test_death_of_a_worker_that_is_felt_as_a_broken_connection_is_named():
+    _, loader = deadly(num_workers=1, collate_fn=lambda _: Cut())
+    with pytest.raises(DataError, match="signal SIGKILL"):
+        list(loader)
+
+
+def test_error_of_the_user_is_no_death(tmp_path):
+    def read(items):
+        return (tmp_path / "missing").read_bytes()
+
+    with pytest.raises(FileNotFoundError, match="in collating samples"):
+        list(deadly(collate_fn=read)[1])
+
+
+def test_death_of_a_worker_that_loads_a_stream_is_named():
+    class DeadlyStream(IterableDataset):
+        def __iter__(self):
+            yield from range(5)
+            os._exit(4)
+
+    loader, _ = create_dataloader(DeadlyStream(), seed=1, num_workers=1, batch_size=2)
+    with pytest.raises(DataError, match=r"exit status 4\).* batch 2 of the stream"):
+        list(loader)
+
+
+@pytest.fixture
+def handler_of_children():
+    """Puts the handler of SIGCHLD back, once there is that of a loader."""
+    next(iter(make(num_workers=1)))
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield handler
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def test_handler_of_the_user_is_left_alone_and_may_pass_the_signal_on(
+    handler_of_children,
+):
+    heard = []
+
+    def handler(number, frame):
+        heard.append(number)
+        handler_of_children(number, frame)
+
+    signal.signal(signal.SIGCHLD, handler)
+    assert contents(make(num_workers=1)) == uninterrupted()[0]
+    assert signal.getsignal(signal.SIGCHLD) is handler
+    heard.clear()
+    signal.raise_signal(signal.SIGCHLD)
+    assert heard == [signal.SIGCHLD]
+
+
+def test_end_of_another_child_is_no_error(handler_of_children):
+    batches = iter(make(num_workers=2))
+    found = [next(batches)]
+    subprocess.run(["false"], check=False)
+    found.append(next(batches))
+    process = multiprocessing.Process(target=os._exit, args=(5,))
+    process.start()
+    process.join()
+    assert contents(found) + contents(batches) == uninterrupted()[0]
+
+
+@pytest.mark.parametrize("name", ["none", "two"])
+def test_two_iterations_at_once_get_their_own_batches(name):
+    loader = make(**WORKERS[name])
+    pairs = list(zip(loader.fetch(), loader.fetch(), strict=True))
+    for epoch, iteration in enumerate(zip(*pairs, strict=True)):
+        assert contents(loaded.data for loaded in iteration) == uninterrupted()[epoch]
+        for number, loaded in enumerate(iteration):
+            assert loaded.number == number
+            assert loaded.data[0][:, 0].tolist() == list(loaded.indices)
+
+
+@pytest.mark.parametrize("name", ["two", "persistent", "spawn", "forkserver"])
 def test_group_signal_does_not_take_the_workers(name):
     loader = make(**WORKERS[name])
     iterator = iter(loader)  # the signals may come before the worker's first line
@@ -234,7 +543,6 @@ class Unsized(Dataset):
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
-        (Stream(), {}, "iterable data sets are not supported yet, got Stream"),
         ([], {}, "the data set is empty"),
         (Unsized(), {}, "Unsized has a length of 0, or none"),
         (Unsized(), {"sampler": ResumableSamplerType.RANDOM}, "of 0, or none"),
@@ -248,46 +556,53 @@ def test_data_that_cannot_be_loaded_are_errors(dataset, options, message):
         create_dataloader(dataset, seed=1, **options)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (Stream(), {"shuffle": True}, "`shuffle` must be left out .*Stream"),
+        (Stream(), {"sampler": [1]}, "`sampler` must be left out .*Stream"),
+        (
+            range(9),
+            {"sampler": [[1, 2], [3]], "batch_size": 2},
+            r"`batch_size` must be left out with a batch sampler \(list\), got 2",
+        ),
+    ],
+)
+def test_parameters_that_do_not_suit_the_data_are_errors(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        create_dataloader(dataset, seed=1, **options)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "expected"),
+    [
+        ([4, 1, 3], [[4], [1], [3]]),
+        (torch.tensor([4, 1, 3]), [[4], [1], [3]]),
+        ([[4, 1], [3], [0, 2, 1]], [[4, 1], [3], [0, 2, 1]]),
+        (BatchSampler(range(5), 3, drop_last=True), [[0, 1, 2]]),
+    ],
+)
+def test_any_sampler_and_batch_sampler_is_used_and_can_be_sought(sampler, expected):
+    loader, _ = create_dataloader(range(5), seed=1, sampler=sampler)
+    for _ in range(2):
+        assert [batch.tolist() for batch in loader] == expected
+    loader.seek(1, 1)
+    assert [batch.tolist() for batch in loader] == expected[1:]
+
+
+def test_random_sampler_of_torch_repeats_its_epochs():
+    loader, _ = create_dataloader(range(9), seed=1, sampler=RandomSampler(range(9)))
+    epochs = [[int(batch) for batch in loader] for _ in range(2)]
+    assert epochs[0] != epochs[1]
+    for epoch in 1, 0:
+        loader.seek(epoch, 4)
+        assert [int(batch) for batch in loader] == epochs[epoch][4:]
+
+
 def test_data_set_without_length_is_read_by_a_sampler_that_has_one():
     sampler = Backwards(range(3))
     loader, _ = create_dataloader(Unsized(), seed=1, sampler=sampler, batch_size=3)
     assert [batch.tolist() for batch in loader] == [[2, 1, 0]]
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"batch_size": 0}, ValueError, "`batch_size` must be >= 1, got 0"),
-        ({"batch_size": True}, TypeError, "`batch_size` must be int, got True"),
-        ({"batch_size": 2.0}, TypeError, "`batch_size` must be int, got 2.0"),
-        ({"random_seed": "1"}, TypeError, r"`random_seed` must be int \| None"),
-        ({"shuffle": 1}, TypeError, "`shuffle` must be bool, got 1"),
-        ({"is_distributed": 0}, TypeError, r"`is_distributed` must be bool \| None"),
-        ({"num_workers": -1}, ValueError, "`num_workers` must be >= 0"),
-        ({"collate_fn": 3}, TypeError, "`collate_fn` must be .*Callable.*, got 3"),
-        ({"sampler": "random"}, TypeError, "`sampler` must be .*SamplerType"),
-        ({"sampler": [1]}, TypeError, r"got \[1\]; others are not supported yet"),
-        ({"sampler": RandomSampler([1])}, TypeError, "others are not supported yet"),
-        (
-            {"sampler": ResumableSamplerType.RANDOM, "shuffle": True},
-            ValueError,
-            "`shuffle` must be False",
-        ),
-        ({"prefetch_factor": 2}, ValueError, "`prefetch_factor` needs `num_workers`"),
-        ({"persistent_workers": True}, ValueError, "`persistent_workers` needs"),
-        ({"timeout": 3}, ValueError, "`timeout` needs `num_workers` >= 1, got 3"),
-        ({"timeout": -1, "num_workers": 1}, ValueError, "`timeout` must be >= 0"),
-        ({"timeout": float("nan"), "num_workers": 1}, ValueError, "`timeout` must be"),
-        ({"timeout": "1"}, TypeError, r"`timeout` must be int \| float, got '1'"),
-        ({"multiprocessing_context": "fork"}, ValueError, "needs `num_workers`"),
-        ({"prefetch_factor": 0, "num_workers": 1}, ValueError, "`prefetch_factor`"),
-    ],
-)
-def test_wrong_params_are_errors_when_made(options, error, message):
-    with pytest.raises(error, match=message):
-        DataLoaderParams(**options)
-    with pytest.raises(error, match=message):
-        create_dataloader([1, 2], DataLoaderParams(), seed=1, **options)
 
 
 def test_debug_mode_disarms_the_settings_of_workers():
@@ -302,41 +617,6 @@ def test_debug_mode_disarms_the_settings_of_workers():
         loader = make(num_workers=num_workers, **options)
         assert loader.num_workers == 0
         assert contents(loader) == uninterrupted()[0]
-
-
-def test_start_method_that_does_not_exist_is_an_error():
-    with pytest.raises(ValueError, match="start method"):
-        make(num_workers=1, multiprocessing_context="x")
-
-
-def test_params_go_through_a_dictionary():
-    params = DataLoaderParams(batch_size=3, sampler=ResumableSamplerType.RANDOM)
-    assert DataLoaderParams.from_dict(params.to_dict()) == params
-    assert list(params.to_dict()) == [
-        "random_seed",
-        "batch_size",
-        "shuffle",
-        "num_workers",
-        "pin_memory",
-        "drop_last",
-        "is_distributed",
-        "sampler",
-        "collate_fn",
-        "prefetch_factor",
-        "persistent_workers",
-        "pin_memory_device",
-        "timeout",
-        "multiprocessing_context",
-        "debug_mode",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "nearest"), [("batchsize", "batch_size"), ("workers", "num_workers")]
-)
-def test_unknown_parameter_is_an_error_that_names_the_nearest(name, nearest):
-    with pytest.raises(ValueError, match=f"`{name}` is no .* nearest: `{nearest}`"):
-        DataLoaderParams.from_dict({name: 1})
 
 
 def test_params_are_not_changed_by_the_loader():

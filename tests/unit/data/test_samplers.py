@@ -1,223 +1,257 @@
-"""The order of samples, batches and ranks, as pure functions of a position."""
+"""The order of samples: a pure function of seed, epoch and position."""
 
-import itertools
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helios.data.samplers import (
-    KeyedBatch,
-    ResumableBatchSampler,
+    SAMPLER_REGISTRY,
+    ResumableDistributedSampler,
     ResumableRandomSampler,
     ResumableSampler,
     ResumableSequentialSampler,
+    ResumableSubsetRandomSampler,
+    checksum,
+    create_sampler,
 )
-from helios.rng import capture_rng, derive_key, seed_rngs
+from helios.rng import get_default_seed
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
-sizes = st.integers(1, 60), st.integers(1, 7), st.integers(1, 5)
 
 
-def batch_sampler(sampler, **options):
-    options = {"batch_size": 4, "drop_last": False, "seed": 3, **options}
-    return ResumableBatchSampler(sampler, **options)
+class Reversed(ResumableSampler):
+    """Computes positions."""
+
+    def at(self, epoch, positions):
+        return len(self) - 1 - (positions + epoch) % len(self)
 
 
-def rng_state():
-    """All bits of the global generators' states."""
-    tree = capture_rng()
-    return str(tree | {"torch": tree["torch"].tolist()})
-
-
-def epoch_of_ranks(n, size, world, *, epoch=0, start=0, drop_last=False, make=None):
-    """The batches' indices, one list a rank."""
-    make = make or (lambda rank: ResumableRandomSampler(range(n), seed=5))
-    ranks = []
-    for rank in range(world):
-        batches = batch_sampler(
-            make(rank),
-            batch_size=size,
-            drop_last=drop_last,
-            rank=rank,
-            world_size=world,
-        )
-        batches.seek(epoch, start)
-        ranks.append([batch.indices for batch in batches])
-        if start == 0:
-            assert len(batches) == len(ranks[-1])
-    return ranks
-
-
-def global_batches(ranks):
-    return [list(itertools.chain(*parts)) for parts in zip(*ranks, strict=True)]
-
-
-class OldSampler(ResumableSampler):
+class Old(ResumableSampler):
     """An older project's: overrides `__iter__`, and reads `start_iter` late."""
 
     def __iter__(self):
         own = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self), generator=own).tolist()
-        start = self.start_iter * self.batch_size
-        yield from order[start:]
+        yield from order[self.start_iter * self.batch_size :]
 
 
 MAKERS = {
-    "random": lambda n: ResumableRandomSampler(range(n), seed=5),
     "sequential": lambda n: ResumableSequentialSampler(range(n), seed=5),
-    "old": lambda n: OldSampler(range(n), seed=5),
+    "random": lambda n: ResumableRandomSampler(range(n), seed=5),
+    "subset": lambda n: ResumableSubsetRandomSampler(np.arange(n) * 3, seed=5),
+    "distributed": lambda n: ResumableDistributedSampler(
+        range(n), num_replicas=3, rank=1, seed=5, batch_size=4
+    ),
+    "user": lambda n: Reversed(range(n), seed=5),
 }
 
 
-@PROPERTY
-@given(*sizes, st.integers(0, 3))
-def test_ranks_together_read_each_sample_of_the_epoch(n, size, world, epoch):
-    ranks = epoch_of_ranks(n, size, world, epoch=epoch)
-    whole = list(ResumableRandomSampler(range(n), seed=5).order(epoch, 0))
-    read = list(itertools.chain(*global_batches(ranks)))
-    assert read[:n] == whole
-    # Padding: fewer than one sample a rank, from the start of the epoch.
-    assert len(read) - n < world
-    assert read[n:] == list(itertools.islice(itertools.cycle(whole), len(read) - n))
-    shapes = [[len(batch) for batch in rank] for rank in ranks]
-    assert all(shape == shapes[0] for shape in shapes)
-    assert all(count == size for count in shapes[0][:-1])
-
-
-@PROPERTY
-@given(*sizes, st.booleans(), st.data())
-def test_shards_do_not_depend_on_the_cursor(n, size, world, drop_last, data):
-    whole = epoch_of_ranks(n, size, world, epoch=2, drop_last=drop_last)
-    start = data.draw(st.integers(0, len(whole[0])))
-    rest = epoch_of_ranks(n, size, world, epoch=2, start=start, drop_last=drop_last)
-    assert rest == [rank[start:] for rank in whole]
-
-
-@PROPERTY
-@given(*sizes, st.integers(1, 5))
-def test_world_size_does_not_change_full_global_batches(n, size, world, other):
-    one = global_batches(epoch_of_ranks(n, size * other, world))
-    two = global_batches(epoch_of_ranks(n, size * world, other))
-    full, rest = divmod(n, size * world * other)
-    assert one[:full] == two[:full]
-    if rest:
-        assert one[full][:rest] == two[full][:rest]
-
-
-@PROPERTY
-@given(*sizes)
-def test_dropping_leaves_out_the_whole_short_global_batch(n, size, world):
-    full = n // (size * world)
-    kept = epoch_of_ranks(n, size, world)
-    dropped = epoch_of_ranks(n, size, world, drop_last=True)
-    assert dropped == [rank[:full] for rank in kept]
-    batches = batch_sampler(
-        MAKERS["random"](n), batch_size=size, drop_last=True, world_size=world
-    )
-    assert batches.num_samples == full * size * world
-    batches = batch_sampler(MAKERS["random"](n), batch_size=size, world_size=world)
-    assert batches.num_samples == n
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("n", [1, 2, 64, 65, 9000])
+def test_order_from_any_position_is_the_rest_of_the_epoch(name, n):
+    sampler = MAKERS[name](n)
+    whole = list(sampler.order(3, 0))
+    assert len(whole) == len(sampler)
+    assert all(type(index) is int for index in whole)
+    for start in {0, 1, len(whole) // 2, 4096, len(whole) - 1, len(whole)}:
+        assert list(sampler.order(3, start)) == whole[start:]
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_seek_equals_skipping_epoch_after_epoch(name):
-    batches = batch_sampler(MAKERS[name](2501), batch_size=7, world_size=2)
-    epochs = [list(batches) for _ in range(3)]
-    assert len({str(epoch) for epoch in epochs}) == 3
-    for epoch, start in (1, 3), (0, len(epochs[0]) - 1), (2, 150), (1, len(epochs[1])):
-        again = batch_sampler(MAKERS[name](2501), batch_size=7, world_size=2)
-        again.seek(epoch, start)
-        assert list(again) == epochs[epoch][start:]
-        if epoch < 2:
-            assert list(again) == epochs[epoch + 1]
+def test_positions_may_be_asked_for_in_any_order_and_shape(name):
+    sampler = MAKERS[name](500)
+    whole = np.array(list(sampler.order(1, 0)))
+    positions = np.random.default_rng(0).integers(0, len(whole), (5, 7))
+    found = sampler.at(1, positions)
+    assert found.dtype == np.int64
+    assert np.array_equal(found, whole[positions])
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_iteration_leaves_the_global_generators_alone(name):
-    seed_rngs(9)
-    batches = batch_sampler(MAKERS[name](2500), world_size=3, batch_size=7)
-    state = rng_state()
-    order = list(batches)
-    assert rng_state() == state
-    seed_rngs(10)
-    batches.seek(0)
-    assert list(batches) == order
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_start_iter_set_on_the_sampler_concerns_one_epoch(name):
-    sampler = MAKERS[name](40)
-    batches = batch_sampler(sampler)
-    whole = list(batches)
-    sampler.set_epoch(0)
-    sampler.start_iter = 6
-    assert list(batches) == whole[6:]
-    assert sampler.start_iter == 0
-    following = list(batches)
-    assert [batch.number for batch in following] == list(range(10))
-    sampler.set_epoch(0)
-    sampler.start_iter = len(whole)
-    assert list(batches) == []
-    assert list(batches) == following
-
-
-def test_sampler_takes_start_iter_at_the_call():
-    sampler = ResumableSequentialSampler(range(10))
-    sampler.batch_size, sampler.start_iter = 4, 1
-    first = iter(sampler)
-    assert sampler.start_iter == 0
-    assert list(sampler) == list(range(10))
-    assert list(first) == list(range(4, 10))
-
-
-def test_old_sampler_is_cleared_though_it_reads_late():
-    sampler = OldSampler(range(5000), seed=1)
-    batches = batch_sampler(sampler, batch_size=2)
-    batches.seek(0, 2)
-    iterator = iter(batches)
-    assert next(iterator).number == 2
-    assert sampler.start_iter == 0
-
-
-def test_iterator_that_is_not_used_takes_nothing():
-    batches = batch_sampler(MAKERS["random"](12))
-    batches.seek(4, 1)
-    iter(batches)
-    assert next(iter(batches)).key == derive_key(3, 4)
-
-
-def test_batches_carry_key_number_and_indices():
-    batches = batch_sampler(MAKERS["sequential"](6), rank=1, world_size=2, batch_size=2)
-    assert list(batches) == [
-        KeyedBatch(derive_key(3, 0), 0, [2, 3]),
-        KeyedBatch(derive_key(3, 0), 1, [5]),
-    ]
-    assert next(iter(batches)).key == derive_key(3, 1)
-
-
-def test_data_set_smaller_than_the_ranks_is_read_round_and_round():
-    assert epoch_of_ranks(2, 3, 5, make=lambda rank: MAKERS["sequential"](2)) == [
-        [[0]],
-        [[1]],
-        [[0]],
-        [[1]],
-        [[0]],
-    ]
-
-
-def test_seed_and_epoch_name_the_order():
+@pytest.mark.parametrize("make", [ResumableRandomSampler, ResumableSubsetRandomSampler])
+def test_seed_and_epoch_name_the_order(make):
     orders = {
-        tuple(ResumableRandomSampler(range(50), seed=seed).order(epoch, 0))
-        for seed in range(4)
+        tuple(make(range(50), seed=seed).order(epoch, 0))
+        for seed in (0, 1, -1, 2**70)
         for epoch in range(4)
     }
     assert len(orders) == 16
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    again = make(range(50), seed=1)
+    again.set_epoch(2)
+    assert tuple(again) in orders
 
 
-def test_wrong_arguments_are_errors():
-    with pytest.raises(ValueError, match="`epoch`, `batch` must be >= 0"):
-        batch_sampler(MAKERS["random"](4)).seek(0, -1)
-    with pytest.raises(NotImplementedError, match="must override `order`"):
-        iter(ResumableSampler(range(3)))
+def test_sampler_without_a_seed_has_the_default_one_until_it_gets_one():
+    sampler = ResumableRandomSampler(range(9))
+    assert not sampler.has_seed
+    assert sampler.seed == get_default_seed()
+    assert ResumableRandomSampler(range(9), seed=0).has_seed
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_start_iter_concerns_the_next_iteration_only(name):
+    sampler = MAKERS[name](40)
+    whole = list(sampler)
+    sampler.batch_size, sampler.start_iter = 4, 2
+    first = iter(sampler)
+    assert sampler.start_iter == 0
+    assert list(sampler) == whole
+    assert list(first) == whole[8:]
+    sampler.start_iter = 10
+    assert list(sampler) == whole[40:]
+
+
+def test_iteration_follows_set_epoch():
+    sampler = ResumableRandomSampler(range(30), seed=1)
+    for epoch in 0, 1, 5:
+        sampler.set_epoch(epoch)
+        assert list(sampler) == list(sampler.order(epoch, 0))
+
+
+def test_base_class_says_what_to_override():
+    with pytest.raises(
+        NotImplementedError, match="ResumableSampler must override `at`"
+    ):
+        list(ResumableSampler(range(3)))
+
+
+def test_most_derived_override_counts():
+    class Ordered(Reversed):
+        def order(self, epoch, start):
+            yield from range(start, len(self))
+
+    class Both(ResumableSampler):
+        def order(self, epoch, start):
+            yield from range(start, len(self))
+
+        def at(self, epoch, positions):
+            return positions
+
+    class Lengthened(Old):
+        def __len__(self):
+            return 3
+
+    class Computed(Ordered):
+        def at(self, epoch, positions):
+            return positions
+
+    kinds = {
+        ResumableSampler: "__iter__",
+        Reversed: "at",
+        Ordered: "order",
+        Both: "at",
+        Old: "__iter__",
+        Lengthened: "__iter__",
+        Computed: "at",
+        ResumableRandomSampler: "at",
+    }
+    found = {kind: kind(range(3)).overridden() for kind in kinds}
+    assert found == kinds
+
+
+def test_subset_is_shuffled_and_may_repeat_an_index():
+    sampler = ResumableSubsetRandomSampler([7, 7, 2, 9], seed=3)
+    assert len(sampler) == 4
+    assert {tuple(sampler.order(epoch, 0)) for epoch in range(99)} >= {(2, 7, 9, 7)}
+    for epoch in range(9):
+        assert sorted(sampler.order(epoch, 0)) == [2, 7, 7, 9]
+
+
+@pytest.mark.parametrize(
+    "indices", [range(3, 9), np.arange(3, 9, dtype=np.uint8), torch.arange(3, 9)]
+)
+def test_subset_takes_arrays(indices):
+    sampler = ResumableSubsetRandomSampler(indices, seed=3)
+    assert sampler.at(0, np.arange(6)).dtype == np.int64
+    assert sorted(sampler) == list(range(3, 9))
+    expected = ResumableSubsetRandomSampler(list(range(3, 9)), seed=3)
+    assert sampler.identity() == expected.identity()
+
+
+@pytest.mark.parametrize("indices", [[], [1.0], [[1, 2]], 3, [True], ["a"], [None]])
+def test_wrong_subset_is_an_error(indices):
+    with pytest.raises(ValueError, match="`indices` must be a list of ints, not empty"):
+        ResumableSubsetRandomSampler(indices)
+
+
+@PROPERTY
+@given(
+    st.integers(1, 60),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+)
+def test_ranks_of_distributed_samplers_have_each_sample(
+    n, size, ranks, shuffle, drop_last
+):
+    samplers = [
+        ResumableDistributedSampler(
+            range(n),
+            num_replicas=ranks,
+            rank=rank,
+            batch_size=size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=2,
+        )
+        for rank in range(ranks)
+    ]
+    assert all(sampler.is_sharded for sampler in samplers)
+    parts = [list(sampler.order(1, 0)) for sampler in samplers]
+    assert [len(sampler) for sampler in samplers] == [len(part) for part in parts]
+    assert len({len(part) for part in parts}) == 1
+    real = [
+        index for i, part in enumerate(parts) for index in part[: samplers[0].real(i)]
+    ]
+    assert len(real) == len(set(real))
+    assert len(real) == (n - n % (size * ranks) if drop_last else n)
+    padded = sum(map(len, parts)) - len(real)
+    assert padded < ranks
+    if not shuffle and not drop_last:
+        assert sorted(real) == list(range(n))
+
+
+def test_identity_names_what_the_order_depends_on():
+    def distributed(shuffle):
+        return ResumableDistributedSampler(
+            range(9), num_replicas=1, rank=0, shuffle=shuffle
+        )
+
+    samplers = [
+        ResumableSequentialSampler(range(9)),
+        ResumableRandomSampler(range(9)),
+        ResumableRandomSampler(range(9), seed=1),
+        ResumableRandomSampler(range(9), seed=2),
+        ResumableSubsetRandomSampler([1, 2, 3]),
+        ResumableSubsetRandomSampler([1, 2, 4]),
+        distributed(True),
+        distributed(False),
+    ]
+    found = {str(sampler.identity()) for sampler in samplers}
+    assert len(found) == len(samplers)
+
+
+def test_identity_does_not_depend_on_the_seed_of_the_run():
+    sampler = ResumableRandomSampler(range(9))
+    before = sampler.identity()
+    sampler.seed = 99
+    assert sampler.identity() == before
+
+
+def test_samplers_are_made_by_name():
+    sampler = create_sampler("ResumableRandomSampler", range(9), seed=4)
+    assert list(sampler) == list(ResumableRandomSampler(range(9), seed=4))
+    assert {kind.__name__ for _, kind in SAMPLER_REGISTRY} >= {
+        "ResumableSequentialSampler",
+        "ResumableSubsetRandomSampler",
+        "ResumableDistributedSampler",
+    }
+
+
+def test_checksum_tells_values_apart_and_takes_any_layout():
+    values = np.arange(12).reshape(3, 4)
+    assert checksum(values[:, ::2]) == checksum(values[:, ::2].copy())
+    assert checksum(values[0]) != checksum(values[1])
