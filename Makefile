@@ -43,10 +43,10 @@ check: $(STAMP)
 	$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_architecture.py
 
 test: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-slow: $(STAMP)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py

@@ -8,10 +8,11 @@ from helios._version import __version__ as __version__
 if TYPE_CHECKING:
     from helios.callbacks.base import Callback as Callback
     from helios.data.datamodule import DataModule as DataModule
-    from helios.data.loader import DataLoaderParams as DataLoaderParams
+    from helios.data.params import DataLoaderParams as DataLoaderParams
     from helios.errors import HeliosError as HeliosError
     from helios.model.model import BatchPhase as BatchPhase
     from helios.model.model import Model as Model
+    from helios.saving import KeepBest as KeepBest
     from helios.session import Session as Session
     from helios.state import TrainingState as TrainingState
     from helios.state import TrainingUnit as TrainingUnit
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "helios.callbacks.base": ["Callback"],
     "helios.data.datamodule": ["DataModule"],
-    "helios.data.loader": ["DataLoaderParams"],
+    "helios.data.params": ["DataLoaderParams"],
     "helios.errors": ["HeliosError"],
     "helios.model.model": ["BatchPhase", "Model"],
+    "helios.saving": ["KeepBest"],
     "helios.session": ["Session"],
     "helios.state": ["TrainingState", "TrainingUnit"],
     "helios.trainer": ["Trainer"],

@@ -61,7 +61,7 @@ def check_arguments(trainer: Trainer) -> None:
         raise ValueError(
             f"`mixed_precision` must be one of {_PRECISIONS}, got {precision!r}"
         )
-    for name in ("keep_last", "num_processes", "accumulation_steps"):
+    for name in ("num_processes", "accumulation_steps"):
         value = given[name]
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"`{name}` must be an int >= 1 or None, got {value!r}")

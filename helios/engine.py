@@ -21,6 +21,7 @@ from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
     gather_object,
+    recursively_apply,
     send_to_device,
 )
 from torch import nn
@@ -91,6 +92,9 @@ class Engine:
             self._is_plain and self.scaler is None and self.accumulation_steps == 1
         )
         self._networks: list[nn.Module] = []
+        #: Of the batch in work: rows, how many are no padding, and whether all ranks
+        #: have as many rows, none of them padded; None: there is none.
+        self.rows: tuple[int, int, bool] | None = None
         self._batch = 0
         self._is_first = self._is_last = True
         # Chosen here, once: on the CPU there is nothing to place, and without scaling
@@ -212,12 +216,47 @@ class Engine:
         tensors = {k: v.to(self.device) for k, v in tensors.items()}
         return dict(self.accelerator.reduce(tensors, reduction="mean"))
 
+    def gather_for_metrics(self, values: Any) -> Any:
+        """The values of all ranks, in rank order, without those of padded rows.
+
+        Tensors, in any nest of lists, tuples and dicts, are cut where their first
+        dimension is the batch's, and otherwise gathered whole. A list of anything else
+        has an item a row. Every rank must call.
+        """
+        if self.world_size == 1:
+            return values
+        if self.rows is None or self.rows[2]:
+            return self.accelerator.gather_for_metrics(values)
+        rows, real, _ = self.rows
+
+        def gather(tensor: torch.Tensor) -> Any:
+            # Whether to cut is agreed on: a rank alone could mistake another tensor.
+            is_cut = tensor.ndim > 0 and len(tensor) == rows
+            own = torch.tensor([[real, is_cut]], device=self.device)
+            counts, cuts = self.accelerator.gather(own).T.tolist()
+            if not all(cuts):
+                return self.accelerator.gather(tensor)
+            padded = self.accelerator.pad_across_processes(tensor[:real])
+            parts = self.accelerator.gather(padded).split(len(padded))
+            return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
+
+        try:
+            recursively_apply(lambda tensor: tensor, values, error_on_other_type=True)
+        except TypeError:
+            return gather_object(list(values)[:real])
+        return recursively_apply(gather, values)
+
     def agree(self, flag: bool) -> bool:
         """Whether any rank says yes; every rank must call."""
+        return self.agree_each(flag)[0]
+
+    def agree_each(self, *flags: bool) -> list[bool]:
+        """As :meth:`agree`, of several questions at once; every rank must call."""
         if self.world_size == 1:
-            return flag
-        vote = torch.tensor(int(flag), device=self.device)
-        return int(self.accelerator.reduce(vote, reduction="sum").item()) > 0
+            return list(flags)
+        votes = torch.tensor([*map(int, flags)], device=self.device)
+        counts = self.accelerator.reduce(votes, reduction="sum").tolist()
+        return [count > 0 for count in counts]
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One picklable value of every rank, in rank order; every rank must call."""

@@ -26,11 +26,15 @@ from typing import Any
 import torch
 
 from helios.callbacks.base import Callback, overridden
-from helios.data.datamodule import DataModule
+from helios.data.batches import Loaded
+from helios.data.datamodule import DataModule, loader_of
+from helios.data.feed import Feed
+from helios.data.loader import ResumableDataLoader
+from helios.engine import Engine
 from helios.errors import DataError
 from helios.model.model import BatchPhase, Model
 from helios.session import Session
-from helios.state import Boundary
+from helios.state import Boundary, EpochStage
 
 
 class Run:
@@ -48,11 +52,17 @@ class Run:
         self._was_resumed = was_resumed
         for _ in range(self.state.dataset_phase):
             datamodule.advance_train_phase()
+        datamodule.adopt_streams(session.reading.get("streams", {}))
         self._open_train_loader()
-        valid = datamodule.valid_dataloader()
-        self._valid = None if valid is None else valid[0]
-        session.valid_batches = None if valid is None else valid[0].batches_per_epoch
-        self._prepare_batch = _batch_preparer(session, model, BatchPhase.TRAIN)
+        self._valid = valid = loader_of(datamodule.valid_dataloader(), "validation")
+        session.valid_batches = None if valid is None else valid.batches_per_epoch
+        self._feed: Feed | None = None
+        self._may_differ = False
+        # Where a copy can run beside the step, and where a rank that cannot read its
+        # next batch has to tell the others before they wait for it.
+        engine = session.engine
+        self._reads_ahead = engine.device.type != "cpu" or engine.world_size > 1
+        self._prepare_batch = _batch_preparer(model, BatchPhase.TRAIN)
         self._batch_hooks = overridden(
             session.callbacks, Callback.on_training_batch_end
         )
@@ -71,10 +81,16 @@ class Run:
         for boundary in self._boundaries():
             self._validate(boundary)
             if self.schedule.is_due(frequency, boundary, self.state):
-                if model.should_save_checkpoint():
-                    session._save()
-            if session.engine.agree(self._wants_stop(boundary)):
+                self._save()
+            stops, saves = session.engine.agree_each(
+                self._wants_stop(boundary), self._wants_save(boundary)
+            )
+            if saves:
+                self._save()
+            if stops:
+                session.request_stop("another rank asks to stop")
                 session._save()
+                self._raise_unread()
                 return False
         session.put_back()
         if self.schedule.print_frequency is None:
@@ -88,7 +104,7 @@ class Run:
     def _boundaries(self) -> Iterator[Boundary]:
         """Train, and yield after each batch and each epoch; first where it joins."""
         session, model, state = self.session, self.model, self.state
-        is_inside = state.dataset_iter > 0
+        is_inside = state.epoch_stage != EpochStage.CLOSED
         if not is_inside:
             session.put_back()
             yield Boundary.START
@@ -98,20 +114,23 @@ class Run:
             model.on_training_epoch_start(epoch)
             self._call(Callback.on_training_epoch_start)
             session.keep("latest")
-            self._train.seek(epoch, state.dataset_iter)
-            batches = iter(self._train)
+            feed = self._feed = self._read(epoch)
             if is_inside:
                 is_inside = False
                 session.put_back()
                 yield Boundary.START
-            for batch in batches:
-                yield self._step(batch)
+            else:
+                state.epoch_stage = EpochStage.OPEN
+            for loaded in self._batches(feed):
+                yield self._step(feed, loaded)
                 if self._is_over():
                     return
+            session.engine.rows = None
             if state.dataset_iter == 0:
                 raise DataError(f"the training loader yielded nothing in epoch {epoch}")
             state.global_epoch += 1
-            state.dataset_iter = 0
+            state.dataset_iter, state.epoch_stage = 0, EpochStage.CLOSED
+            session.reading["cursor"] = self._train.plan.next_epoch()
             if self.schedule.print_frequency is None:
                 session.flush()
             session.keep(None)
@@ -121,28 +140,74 @@ class Run:
                 self._advance_phase()
             yield Boundary.EPOCH
 
-    def _step(self, batch: Any) -> Boundary:
+    def _read(self, epoch: int) -> Feed:
+        """Begin to read an epoch, where training stands."""
+        session, train = self.session, self._train
+        train.seek(epoch, self.state.dataset_iter, session.reading.get("cursor"))
+        count, seconds = train.plan.replayed()
+        if count:
+            session.logger.warning(
+                "the data set cannot say where it is: %d samples are read again to get "
+                "there, which took about %.0f s; give it `state_dict` and "
+                "`load_state_dict` to spare that",
+                count,
+                seconds,
+            )
+        feed = Feed(train, session.engine.place)
+        self._may_differ = may_differ(session.engine, train, feed)
+        return feed
+
+    def _batches(self, feed: Feed) -> Iterator[Loaded]:
+        """The batches of a feed, until the epoch is complete.
+
+        What reading raises is raised with all that came before it finished and saved.
+        """
+        if self._reads_ahead:
+            feed.peek()
+            self._raise_unread()
+        while self.state.epoch_stage != EpochStage.COMPLETE and feed.peek():
+            yield feed.take()
+        self._raise_unread()
+
+    def _raise_unread(self) -> None:
+        """Raise what kept a rank from reading its next batch; every rank must call."""
+        feed = self._feed
+        if self.session.engine.agree(feed is not None and feed.error is not None):
+            self.session._save()
+            if feed is not None:
+                feed.check()
+            raise DataError("another rank could not read its next batch; see its log")
+
+    def _step(self, feed: Feed, loaded: Loaded) -> Boundary:
         """Train on one batch. This is all that a batch costs beside ``train_step``."""
-        model, state = self.model, self.state
+        model, state, engine = self.model, self.state, self.session.engine
         is_step, window = True, self.schedule.accumulation_steps
         log_every = self.schedule.print_frequency or math.inf
+        is_last = feed.ends_with(loaded)
+        if self._may_differ:  # the rank that ends first ends the epoch of all
+            is_last = engine.agree(is_last)
+        engine.rows = loaded.rows, loaded.real, loaded.is_full
         if window == 1:
             model.on_training_batch_start(state)
-            model.train_step(self._prepare_batch(batch), state)
+            model.train_step(self._prepare_batch(loaded.data), state)
         else:
             done = state.dataset_iter
-            is_step = (done + 1) % window == 0 or done + 1 == self._train_batches
-            first = done % window == 0
-            with self.session.engine.batch(is_first=first, is_step=is_step):
+            is_step = (done + 1) % window == 0 or is_last
+            with engine.batch(is_first=done % window == 0, is_step=is_step):
                 model.on_training_batch_start(state)
-                model.train_step(self._prepare_batch(batch), state)
+                model.train_step(self._prepare_batch(loaded.data), state)
+        self.session.reading["cursor"] = loaded.cursor
         state.global_iteration += 1
         state.dataset_iter += 1
         state.running_iter += 1
+        if is_last:
+            state.epoch_stage = EpochStage.COMPLETE
         should_log = False
         if is_step:
             state.current_iteration += 1
             should_log = state.current_iteration % log_every == 0
+        if self._reads_ahead and not self._is_over():
+            feed.peek()
         if should_log:
             before_s, self._logged_at_s = self._logged_at_s, time.perf_counter()
             elapsed_s = self._logged_at_s - before_s
@@ -170,24 +235,41 @@ class Run:
         is_asked = boundary is not Boundary.START or self._was_resumed
         if self._asks_to_stop and is_asked and self.model.should_training_stop():
             self.session.request_stop("the model asks to stop")
-        return self.session.stop_reason is not None
+        is_unread = self._feed is not None and self._feed.error is not None
+        return self.session.stop_reason is not None or is_unread
+
+    def _save(self) -> None:
+        """Save, unless the model declines."""
+        if self.session.saver is not None:
+            self.session.saver.answered()
+        if self.model.should_save_checkpoint():
+            self.session._save()
+
+    def _wants_save(self, boundary: Boundary) -> bool:
+        saver = self.session.saver
+        if saver is None:
+            return False
+        if saver.has_failed():
+            saver.finish()
+        return boundary in (Boundary.STEP, Boundary.EPOCH) and saver.wants()
 
     def _is_over(self) -> bool:
         """Whether nothing is left to do: an epoch whose batches are done is ended."""
-        is_complete = 0 < self.state.dataset_iter == self._train_batches
+        is_complete = self.state.epoch_stage == EpochStage.COMPLETE
         return self.schedule.is_over(self.state) and not is_complete
 
     def _open_train_loader(self) -> None:
-        found = self.datamodule.train_dataloader()
+        found = loader_of(self.datamodule.train_dataloader(), "training")
         if found is None:
             raise DataError("no training data: call `self._add_train_phase` in `setup`")
-        self._train = found[0]
-        self._train_batches = found[0].batches_per_epoch
-        self.session.batches_per_epoch = self._train_batches
+        self._train = found
+        self.session.batches_per_epoch = self._train.batches_per_epoch
+        self.session.reading["streams"] = self.datamodule.streams()
 
     def _advance_phase(self) -> None:
         if self.datamodule.advance_train_phase():
             self.state.dataset_phase += 1
+            self.session.reading["cursor"] = None
             self._open_train_loader()
         else:
             self.session.logger.warning("there is no further training phase")
@@ -197,14 +279,47 @@ class Run:
             bound(self.session)
 
 
-def _batch_preparer(
-    session: Session, model: Model, phase: BatchPhase
-) -> Callable[[Any], Any]:
-    """What brings a batch to the device, and no more than that."""
-    place = session.engine.place
+def _batch_preparer(model: Model, phase: BatchPhase) -> Callable[[Any], Any]:
+    """What the model makes of a batch that is on the device."""
     if type(model).batch_to_device is Model.batch_to_device:
-        return place
-    return lambda batch: model.batch_to_device(place(batch), phase)
+        return lambda batch: batch
+    return lambda batch: model.batch_to_device(batch, phase)
+
+
+def may_differ(engine: Engine, loader: ResumableDataLoader, feed: Feed) -> bool:
+    """Whether the ranks may have different numbers of batches; every rank must call."""
+    if engine.world_size == 1 or loader.batches_per_epoch is not None:
+        return False
+    feed.peek()  # which shows how the data set is shared out
+    return engine.agree(loader.plan.is_sharded)
+
+
+def _to_the_end_of_all(
+    engine: Engine, loader: ResumableDataLoader, feed: Feed
+) -> Iterator[Loaded]:
+    """The batches of an evaluation; all ranks have as many.
+
+    A rank that is at its end repeats its last batch, with none of its rows real.
+    """
+    differs = may_differ(engine, loader, feed)
+    if differs and engine.agree(not feed.peek()):
+        feed.check()
+        raise DataError(
+            "a rank has no samples to evaluate: the data set has fewer shards, or "
+            "samples, than there are ranks"
+        )
+    last = None
+    while True:
+        has_more = feed.peek()
+        feed.check()
+        if has_more:
+            last = feed.take()
+        elif last is not None:
+            last = last._replace(real=0, is_full=False)
+        if not (engine.agree(has_more) if differs else has_more):
+            return
+        assert last is not None
+        yield last
 
 
 def evaluate(
@@ -224,9 +339,10 @@ def evaluate(
         before, step = model.on_validation_batch_start, model.valid_step
         after = model.on_validation_batch_end
         end = partial(model.on_validation_end, cycle)
-    prepare, number = _batch_preparer(session, model, phase), -1
+    engine, prepare, number = session.engine, _batch_preparer(model, phase), -1
     hooks = overridden(callbacks, Callback.on_validation_batch_end)
     session.keep(None)
+    engine.rows = None
     model.eval()
     start()
     for hook in overridden(callbacks, Callback.on_validation_start):
@@ -234,14 +350,17 @@ def evaluate(
     loader.seek(cycle)
     session.keep("means")
     with torch.no_grad():
-        for number, batch in enumerate(loader):
+        feed = Feed(loader, engine.place)
+        for number, loaded in enumerate(_to_the_end_of_all(engine, loader, feed)):
+            engine.rows = loaded.rows, loaded.real, loaded.is_full
             before(number)
-            step(prepare(batch), number)
+            step(prepare(loaded.data), number)
             after(number)
             for hook in hooks:
                 hook(session, number)
-            if is_test and session.engine.agree(session.stop_reason is not None):
+            if is_test and engine.agree(session.stop_reason is not None):
                 return False
+    engine.rows = None
     if number < 0:
         raise DataError(f"the {phase.value} loader yielded nothing; lower `batch_size`")
     session.flush()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,18 +12,15 @@ import torch
 
 from helios import fingerprint, rng
 from helios.callbacks.base import Callback, overridden
-from helios.checkpoint import (
-    BackgroundWriter,
-    CheckpointStore,
-    Encoder,
-    read_checkpoint,
-)
+from helios.checkpoint import Checkpoint, CheckpointStore, Encoder, read_checkpoint
 from helios.engine import Engine
-from helios.errors import CheckpointError, CheckpointNotFoundError, ResumeError
+from helios.errors import CheckpointNotFoundError, ResumeError
+from helios.fingerprint import Cost
 from helios.loggers.tensorboard import NullWriter
 from helios.loggers.text import get_root_logger
 from helios.model.model import Model
-from helios.state import Schedule, TrainingState, check_name
+from helios.saving import SaveOptions, Saver
+from helios.state import Schedule, TrainingState
 
 
 class Session:
@@ -43,8 +40,7 @@ class Session:
         schedule: Schedule,
         identity: Mapping[str, Any],
         store: CheckpointStore | None = None,
-        keep_last: int | None = None,
-        async_save: bool = True,
+        options: SaveOptions | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
         self.engine, self.schedule, self.state = engine, schedule, TrainingState()
@@ -54,14 +50,22 @@ class Session:
         self.callbacks = list(callbacks)
         self.batches_per_epoch: int | None = None
         self.valid_batches: int | None = None
+        #: Where this rank's loaders stand; saved and restored as it is.
+        self.reading: dict[str, Any] = {}
         self._model = model
         self._parts: dict[str, Any] = {"model": model, "scaler": engine, **parts}
-        self._identity = {**identity, "versions": fingerprint.versions()}
-        self._store, self._keep_last, self._async = store, keep_last, async_save
-        self._background = BackgroundWriter()
-        self._restored: dict[str, Any] | None = None
-        self._saved_at: tuple[int, int] | None = None
-        self._hook_error: BaseException | None = None
+        self.identity = {
+            **identity,
+            "versions": fingerprint.versions(),
+            "hardware": fingerprint.hardware(engine.device),
+            "code": fingerprint.git_commit(),
+        }
+        self._store = store
+        self.saver: Saver | None = None
+        if store is not None:
+            self.saver = Saver(self, store, options or SaveOptions())
+        self._restored: pathlib.Path | None = None
+        self._logged: dict[str, tuple[float, int]] = {}
         self._keeps: str | None = None
         self._latest: dict[str, Any] = {}
         self._sums: dict[str, tuple[Any, int]] = {}
@@ -72,22 +76,23 @@ class Session:
         """Ask the run to save and stop at the next batch; any rank, any thread."""
         self.stop_reason = self.stop_reason or reason
 
-    def _save(self) -> None:
-        """Save a checkpoint, unless this state is saved already; every rank must call.
+    def request_save(self) -> None:
+        """Ask for a checkpoint after the step in work; any rank, any thread."""
+        if self.saver is not None:
+            self.saver.request()
 
-        Returns when the live tensors have been copied; the rest is written behind. A
-        checkpoint that cannot be written is reported, and training goes on.
-        """
-        if self._store is None or self._position() == self._saved_at:
-            return
-        self._finish_write()
-        encoder, trees = self._encode()
-        files = self._background.snapshot(encoder.files)
-        at = f"epoch_{self.state.global_epoch}_iter_{self.state.current_iteration}"
-        name = f"{self._model.save_name}_{at}"
-        name = self._model.append_metadata_to_chkpt_name(name)
-        check_name("append_metadata_to_chkpt_name", name)
-        self._write(self._store, name, encoder.aliases, trees, files)
+    def _save(self) -> None:
+        if self.saver is not None:
+            self.saver.save()
+
+    def metrics(self) -> dict[str, float]:
+        """What was logged last under each name, if that was at the current step."""
+        step = self.state.current_iteration
+        return {name: value for name, (value, at) in self._logged.items() if at == step}
+
+    def flush_writer(self) -> None:
+        """Have TensorBoard's log on the disk."""
+        self._write_logs(lambda: self.writer.flush())
 
     def _encode(self) -> tuple[Encoder, dict[str, Any]]:
         encoder, trees = Encoder(), dict[str, Any]()
@@ -102,74 +107,14 @@ class Session:
         own = {
             "rng": rng.capture_rng(self.engine.device),
             "books": self._books(),
+            "reading": self.reading,
             "gradients": [[p.requires_grad, p.grad] for p in parameters],
         }
         trees[self._own] = encoder.encode(own, file=self._own)
         return encoder, trees
 
-    def _write(
-        self, store: CheckpointStore, name: str, aliases: Any, trees: Any, files: Any
-    ) -> None:
-        engine = self.engine
-        record = {"progress": self.state.dict(), "identity": self._identity}
-
-        def finish() -> None:
-            done = {rank: entry for rank, _, entry in ranks if entry is not None}
-            for file, tensors in files.items():
-                done[file] = store.write_file(folder, file, tensors, aliases[file])
-            all_trees = {rank: tree for rank, tree, _ in ranks} | trees
-            # Logs must not fall behind what is resumed from.
-            self._write_logs(lambda: self.writer.flush())
-            content = {**record, "trees": all_trees, "files": done}
-            path = store.commit(folder, name, content)
-            if self._keep_last is not None:
-                store.prune(self._keep_last)
-            try:
-                for hook in overridden(self.callbacks, Callback.on_checkpoint_saved):
-                    hook(self, path)
-            except BaseException as error:  # the user's, not the disk's
-                self._hook_error = error
-
-        try:
-            folder = engine.gather_objects(engine.is_main and store.begin(name))[0]
-            # The other ranks' files are small: they are written at once, so that the
-            # main rank can finish alone, in the background.
-            entry = None
-            if not engine.is_main:
-                entry = store.write_file(folder, self._own, files[self._own])
-            ranks = engine.gather_objects((self._own, trees[self._own], entry))
-        except OSError as error:
-            if engine.world_size > 1:
-                raise  # the other ranks would wait for this one for ever
-            self._report(error)
-            return
-        self._saved_at = self._position()
-        if engine.is_main:
-            self._background.submit(finish)
-            if not self._async:
-                self._background.wait()
-
-    def _finish_write(self) -> None:
-        try:
-            self._background.wait()
-            self._background.check()
-        except CheckpointError as error:
-            self._report(error)
-        user_error, self._hook_error = self._hook_error, None
-        if user_error is not None:
-            raise user_error
-
-    def _position(self) -> tuple[int, int]:
-        return self.state.global_iteration, self.state.global_epoch
-
     def _books(self) -> dict[str, dict[str, Any]]:
         return {**self._model._books(), "latest": self._latest}
-
-    def _report(self, error: BaseException) -> None:
-        self._saved_at = None
-        self.logger.error(
-            "A CHECKPOINT COULD NOT BE WRITTEN, the last good one stands: %s", error
-        )
 
     def restore(self, resume: Any, *, allow_inexact: bool) -> bool:
         """Take up a checkpoint, if there is one; every rank must call.
@@ -183,16 +128,17 @@ class Session:
         path = self._choose(resume)
         if path is None:
             return False
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, verify=resume not in ("auto", "must"))
         self._check_identity(path.name, checkpoint.record["identity"], allow_inexact)
         self.state.load(checkpoint.record["progress"])
-        self._saved_at = self._position()
-        self._restored = {"parts": checkpoint.tree("training"), "rank": None}
-        if self._own in checkpoint.record["trees"]:
-            self._restored["rank"] = checkpoint.tree(self._own)
-        # Hooks that run before training goes on see the restored state, and what they
-        # change in it is put back by put_back(): so they get copies.
-        self._load(copy.deepcopy(self._restored))
+        if self.saver is not None:
+            self.saver.mark()
+        own = self._own if self._own in checkpoint.record["trees"] else "rank_0"
+        self.reading = dict(checkpoint.tree(own)["reading"])
+        # Hooks that run before training goes on see the restored state. What they
+        # change in it is put back by put_back().
+        self._load(checkpoint)
+        self._restored = path
         at = f"epoch {self.state.global_epoch}, step {self.state.current_iteration}"
         self.logger.info("resumed from %s: %s", path.name, at)
         return True
@@ -204,9 +150,9 @@ class Session:
             self._model.load_for_testing()
             return
         self.logger.info("loaded %s", path.name)
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_checkpoint(path, verify=resume not in ("auto", "must"))
         self.state.load(checkpoint.record["progress"])
-        weights = checkpoint.tree("training")["model"]
+        weights = checkpoint.tree("training", own=True)["model"]
         self._model._call_for_inference(self._model.load_state_dict, True, weights)
 
     def put_back(self) -> None:
@@ -216,9 +162,9 @@ class Session:
         """
         if self._restored is None:
             return
-        restored, self._restored = self._restored, None
-        self._load(restored)
-        rank = restored["rank"]
+        checkpoint = read_checkpoint(self._restored, verify=False)
+        self._restored = None
+        rank = self._load(checkpoint, own=True)
         if rank is None:
             self.logger.warning("the checkpoint has no random numbers of %s", self._own)
             return
@@ -236,7 +182,7 @@ class Session:
         found = None
         if self._store is not None and self.engine.is_main:
             found = self._store.find_last(self.logger.warning)
-        found = self.engine.gather_objects(found)[0]
+        found = self.engine.gather_objects(found)[0]  # the main rank has verified it
         if found is None and resume == "must":
             raise CheckpointNotFoundError(
                 '`resume` is "must", and `chkpt_root` has no whole checkpoint of '
@@ -245,19 +191,26 @@ class Session:
         return found
 
     def _check_identity(self, name: str, saved: Any, allow_inexact: bool) -> None:
-        found = fingerprint.compare(saved, self._identity)
-        if not allow_inexact and any(found.values()):
+        found = fingerprint.compare(saved, self.identity)
+        if not allow_inexact and Cost.EXACTNESS in found.values():
             lines = "\n  ".join(found)
             raise ResumeError(
                 f"the run is not the one that was saved in {name}:\n  {lines}\nput it "
                 "back as it was, pass `allow_inexact=True` to go on all the same, or "
                 'start afresh with `resume="never"` or another `chkpt_root`'
             )
-        for difference in found:
-            self.logger.warning("not as it was saved: %s", difference)
+        for difference, cost in found.items():
+            level = logging.INFO if cost is Cost.NOTHING else logging.WARNING
+            self.logger.log(level, "not as it was saved: %s", difference)
 
-    def _load(self, restored: Mapping[str, Any]) -> None:
-        parts, rank = restored["parts"], restored["rank"]
+    def _load(self, checkpoint: Checkpoint, *, own: bool = False) -> Any:
+        """Load all state but gradients and RNG; return the rank's tree, if any.
+
+        `own`: in memory of its own, rather than in a map of the checkpoint's files.
+        """
+        parts, rank = checkpoint.tree("training", own=own), None
+        if self._own in checkpoint.record["trees"]:
+            rank = checkpoint.tree(self._own, own=own)
         if set(parts) != set(self._parts):
             raise ResumeError(
                 f"the checkpoint holds the state of {sorted(parts)}, and the run "
@@ -270,6 +223,7 @@ class Session:
             for key, value in rank["books"][name].items() if rank is not None else ():
                 is_tensor = isinstance(value, torch.Tensor)
                 book[key] = value.to(self.engine.device) if is_tensor else value
+        return rank
 
     def keep(self, what: str | None) -> None:
         """Keep the "latest" or the "means" for :meth:`flush`; None: write at once."""
@@ -312,6 +266,7 @@ class Session:
                     f"`{name}` is logged, and is no number: {error}"
                 ) from error
         step = self.state.current_iteration
+        self._logged |= {name: (number, step) for name, number in numbers.items()}
         for name, number in numbers.items():
             self._write_logs(partial(self.writer.add_scalar, name, number, step))
         if self.engine.accelerator.trackers:
@@ -328,14 +283,15 @@ class Session:
         Raises:
             CheckpointError: it could not be written.
         """
-        self._finish_write()
-        if self._store is not None and self._saved_at is None:
-            raise CheckpointError("the last checkpoint could not be written; see above")
+        if self.saver is not None:
+            self.saver.finish()
+            self.saver.check_saved()
         self.engine.barrier()
 
     def close(self) -> None:
         """End the writers, after what they have in hand."""
-        self._finish_write()
+        if self.saver is not None:
+            self.saver.finish()
         self._write_logs(lambda: self.writer.close())
         self.engine.close()
 

@@ -31,6 +31,14 @@ class TrainingUnit(enum.Enum):
         raise ValueError(f"`train_unit` must be {names}, got {label!r}")
 
 
+class EpochStage(enum.StrEnum):
+    """How far the epoch in progress has come, beside its batches."""
+
+    CLOSED = "closed"  # between two epochs
+    OPEN = "open"  # its start hooks have run
+    COMPLETE = "complete"  # its batches are done, and its end hooks are to come
+
+
 class Boundary(enum.Enum):
     """A place between two batches, where a run can be validated, saved and stopped."""
 
@@ -53,6 +61,7 @@ class TrainingState:
     average_iter_time: float = 0.0  #: seconds a step, since the last log point
     running_iter: int = 0  #: batches that the running losses hold
     dataset_phase: int = 0  #: index of the training phase whose data are used
+    epoch_stage: str = EpochStage.CLOSED  #: "closed", "open" or "complete"
 
     def dict(self) -> dict[str, Any]:
         """The values by name."""

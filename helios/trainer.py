@@ -17,13 +17,15 @@ from helios.arguments import check_arguments, check_writable
 from helios.callbacks.base import Callback, overridden
 from helios.callbacks.progress import ProgressBar
 from helios.checkpoint import CheckpointStore
-from helios.data.datamodule import DataModule
+from helios.checkpoint.store import MAX_SHARD_BYTES
+from helios.data.datamodule import DataModule, loader_of
 from helios.engine import Engine, torch_flags
 from helios.errors import DataError, LaunchError, ModelError
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import get_root_logger, text_logging
 from helios.loop import Run, evaluate
 from helios.model.model import BatchPhase, Model
+from helios.saving import KeepBest, SaveOptions
 from helios.session import Session
 from helios.signals import stop_on_signals
 from helios.state import Schedule, TrainingState, TrainingUnit
@@ -78,7 +80,11 @@ class Trainer:
     log_with: Any = None  #: trackers of Accelerate
     callbacks: Sequence[Callback] = ()  #: called in this order, after the model's hooks
     resume: PathLike = "auto"  #: or "never", "must", or the path of a checkpoint
+    chkpt_interval_s: float | None = None  #: seconds between checkpoints, in addition
     keep_last: int | None = None  #: checkpoints that are kept; None: all
+    keep_every: int | None = None  #: units whose multiples are kept too
+    keep_best: KeepBest | None = None  #: which are kept too, by a metric
+    max_shard_bytes: int = MAX_SHARD_BYTES  #: of a checkpoint's files
     allow_inexact: bool = False  #: resume also where exactness is lost
     async_save: bool = True  #: write checkpoints behind the training
     train_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
@@ -87,6 +93,10 @@ class Trainer:
     def __post_init__(self) -> None:
         check_arguments(self)
         self._make_schedule(self.accumulation_steps or 1)
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(SaveOptions)
+        }
+        self._save_options = SaveOptions(**values)
         seed = self.random_seed
         self.seed = rng.get_default_seed() if seed is None else seed
         self._bar = ProgressBar()
@@ -175,7 +185,7 @@ class Trainer:
         was_resumed = session.restore(self.resume, allow_inexact=self.allow_inexact)
         step = session.state.current_iteration
         self._open_logs(session, purge_step=step + 1 if step else 0)
-        with stop_on_signals(session.request_stop):
+        with stop_on_signals(session.request_stop, session.request_save):
             is_finished = Run(session, model, datamodule, was_resumed).fit()
             session.wait_for_checkpoint()
         state = self._state = session.state
@@ -191,7 +201,7 @@ class Trainer:
             self._set_up_data(engine, datamodule)
             is_test = phase is BatchPhase.TEST
             test, valid = datamodule.test_dataloader, datamodule.valid_dataloader
-            loader = test() if is_test else valid()
+            loader = loader_of(test() if is_test else valid(), phase.value)
             if loader is None:
                 raise DataError(f"the DataModule has no {phase.value} data")
             session = self._make_session(engine, model, datamodule)
@@ -202,7 +212,7 @@ class Trainer:
                 session.state = self._state
             self._open_logs(session, purge_step=None)
             with stop_on_signals(session.request_stop):
-                return evaluate(session, model, loader[0], phase)
+                return evaluate(session, model, loader, phase)
 
     def _set_up_data(self, engine: Engine, datamodule: DataModule) -> None:
         datamodule._begin(self)
@@ -219,8 +229,9 @@ class Trainer:
     ) -> Session:
         store = None
         if self.chkpt_root is not None:
-            store = CheckpointStore(pathlib.Path(self.chkpt_root) / model.save_name)
-        identity = {"train_data": datamodule.identity(), **engine.identity()}
+            root = pathlib.Path(self.chkpt_root) / model.save_name
+            store = CheckpointStore(root, max_shard_bytes=self.max_shard_bytes)
+        identity = {**datamodule.identities(), **engine.identity()}
         identity["deterministic"] = self.enable_deterministic
         own = [c for c in self.callbacks if overridden([c], Callback.state_dict)]
         callbacks = {f"callback_{i}": c for i, c in enumerate(own)}
@@ -231,8 +242,7 @@ class Trainer:
             schedule=self._make_schedule(engine.accumulation_steps),
             identity=identity,
             store=store,
-            keep_last=self.keep_last,
-            async_save=self.async_save,
+            options=self._save_options,
             callbacks=self._hooks,
         )
         self._session.stop_reason = self._stop_reason

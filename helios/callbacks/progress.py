@@ -60,6 +60,7 @@ class ProgressBar(Callback):
         self._bar.close()
 
     def _begin(self, title: str, total: float | None, done: int) -> None:
-        self._bar.set_description(title, refresh=False)
-        self._bar.reset(total)
+        self._bar.set_description_str(title, refresh=False)
+        self._bar.total = total  # `reset` would leave the old one, for None
+        self._bar.reset()
         self._bar.initial = self._bar.n = self._bar.last_print_n = done

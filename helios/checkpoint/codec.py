@@ -5,64 +5,26 @@ for themselves; all else is ``{"$": tag, "v": payload}``, a tensor ``[file, name
 kept: strides, devices, ``requires_grad``, and which lists and dicts are the same one.
 """
 
-import base64
 import math
 import re
-import struct
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from helios.errors import CheckpointCorruptError, UnstorableError
+from helios.checkpoint.types import BACK, CODES, MAPPINGS, from_registered, kind_of
+from helios.errors import CheckpointCorruptError, CheckpointError, UnstorableError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
-Path: TypeAlias = tuple[str | int, ...]
+Place: TypeAlias = tuple[str | int, ...]  # the keys on the way to a value
 
 _MAX_DEPTH = 100
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
-_DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
 _TENSORS = (Tensor, torch.nn.Parameter)
-# The dtypes are those that safetensors both writes and reads.
+# The dtypes are those that safetensors both writes and reads; others go as bytes.
 _NUMBERS = r"bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_e[45]\w+|complex64"
-_STORABLE = re.compile(rf"torch\.({_NUMBERS}), torch\.strided")
-
-
-def _to_array(tree: list[Any]) -> Any:
-    dtype = np.dtype(tree[0])
-    if dtype.kind not in "biufc":
-        raise ValueError(f"numpy values of dtype {dtype} have no stored form")
-    return tree[2].numpy().view(dtype).reshape(tree[1])
-
-
-def _from_array(value: Any) -> list[Any]:
-    if value.dtype.kind not in "biufc":
-        raise ValueError(f"it has the dtype {value.dtype}")
-    data = np.array(value, order="C").reshape(-1).view(np.uint8)
-    return [value.dtype.str, list(value.shape), torch.from_numpy(data)]
-
-
-#: By type: its tag, what turns a value into a tree, and what turns that back.
-_CODES: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
-    # The ints, floats and dicts here are those that JSON cannot hold.
-    int: ("int", hex, lambda v: int(v, 16)),
-    float: ("float", struct.Struct("<d").pack, lambda v: struct.unpack("<d", v)[0]),
-    complex: ("complex", lambda v: [v.real, v.imag], lambda v: complex(*v)),
-    bytes: ("bytes", lambda v: base64.b64encode(v).decode(), base64.b64decode),
-    tuple: ("tuple", list, tuple),
-    dict: ("dict", list, dict),
-    OrderedDict: ("OrderedDict", list, OrderedDict),
-    set: ("set", list, set),
-    torch.dtype: ("dtype", str, lambda v: _DTYPES[v]),
-    torch.device: ("device", str, torch.device),
-    torch.Size: ("size", list, torch.Size),
-    np.ndarray: ("array", _from_array, _to_array),
-    np.generic: ("number", _from_array, lambda v: _to_array(v)[()]),
-}
-_BACK = {tag: back for tag, _, back in _CODES.values()}
+_KNOWN = re.compile(rf"torch\.({_NUMBERS})")
 
 
 class Encoder:
@@ -89,29 +51,31 @@ class Encoder:
         self.aliases.setdefault(file, {})
         return self._encode(tree, (), file)
 
-    def _encode(self, value: Any, path: Path, file: str) -> Json:
+    def _encode(self, value: Any, path: Place, file: str) -> Json:
         kind = type(value)
         is_finite = kind is float and math.isfinite(value)
         if value is None or kind in (bool, str) or is_finite or _is_small(value):
             return value  # type: ignore[no-any-return]  # mypy does not follow `kind`
         if isinstance(value, Tensor):
-            return {"$": "tensor", "v": list(self._tensor(value, path, file))}
+            return self._tensor(value, path, file)
         if len(path) > _MAX_DEPTH:
             raise _refusal(path, "is nested too deep, or contains itself")
         if kind is list:
             return [self._encode(v, (*path, i), file) for i, v in enumerate(value)]
         if kind is dict and all(type(key) is str and key != "$" for key in value):
             return {k: self._encode(v, (*path, k), file) for k, v in value.items()}
-        if isinstance(value, np.generic) and not isinstance(value, np.void):
-            kind = np.generic
-        if kind not in _CODES:
+        if (found := from_registered(value)) is not None:
+            return {"$": "type", "v": [found[0], self._encode(found[1], path, file)]}
+        kind = kind_of(value)
+        if kind not in CODES:
+            kind = type(value)
             raise _refusal(path, f"is a {kind.__module__}.{kind.__qualname__}")
-        tag, to_tree, _ = _CODES[kind]
+        tag, to_tree, _ = CODES[kind]
         try:
             tree = to_tree(value)
         except ValueError as error:
             raise _refusal(path, f"cannot be stored: {error}") from error
-        if kind in (dict, OrderedDict):  # paths name keys, not pairs
+        if kind in MAPPINGS:  # paths name keys, not pairs
             payload: list[Json] = []
             for n, (key, v) in enumerate(value.items()):
                 at = (*path, key if type(key) is str or _is_small(key) else f"key {n}")
@@ -119,13 +83,17 @@ class Encoder:
             return {"$": tag, "v": payload}
         return {"$": tag, "v": self._encode(tree, path, file)}
 
-    def _tensor(self, tensor: Tensor, path: Path, file: str) -> tuple[str, str]:
-        form, is_plain = f"{tensor.dtype}, {tensor.layout}", type(tensor) in _TENSORS
-        if not is_plain or not _STORABLE.fullmatch(form):
-            raise _refusal(path, f"is a {type(tensor).__qualname__} of {form}")
+    def _tensor(self, tensor: Tensor, path: Place, file: str) -> Json:
+        if tensor.is_quantized:
+            raise _refusal(path, "is quantised; keep `dequantize()` of it instead")
+        if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
+            kind = type(tensor).__qualname__
+            raise _refusal(path, f"is a {kind} of {tensor.dtype}, {tensor.layout}")
         address = tensor.untyped_storage().data_ptr() if tensor.numel() else id(tensor)
         if tensor.is_nested or tensor.is_meta or not address:
             raise _refusal(path, "is a nested tensor, or one without data")
+        stored = tensor.detach().resolve_conj().resolve_neg()
+        is_known = _KNOWN.fullmatch(str(tensor.dtype)) is not None
         shape = (tensor.storage_offset(), tensor.shape, tensor.stride())
         lazy = (tensor.is_conj(), tensor.is_neg())
         key = (tensor.device, address, *shape, tensor.dtype, *lazy)
@@ -134,12 +102,16 @@ class Encoder:
             home, first, _ = self._places[key]
             if home == file and first != name:
                 self.aliases[file][name] = first
-            return home, first
-        while name in self.files[file] or name == "__metadata__":
-            name = f"{name}~{len(self.files[file])}"
-        self.files[file][name] = tensor.detach().resolve_conj().resolve_neg()
-        self._places[key] = (file, name, tensor)
-        return file, name
+        else:
+            while name in self.files[file] or name == "__metadata__":
+                name = f"{name}~{len(self.files[file])}"
+            self.files[file][name] = stored if is_known else _bytes(stored)
+            self._places[key] = (file, name, tensor)
+            home, first = file, name
+        plain: Json = {"$": "tensor", "v": [home, first]}
+        if is_known:
+            return plain
+        return {"$": "viewed", "v": [str(tensor.dtype), list(tensor.shape), plain]}
 
 
 def decode(plain: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
@@ -147,9 +119,12 @@ def decode(plain: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
 
     Raises:
         CheckpointCorruptError: ``plain`` is not what ``encode`` makes, in any way.
+        CheckpointError: a class in it is not imported, or not registered.
     """
     try:
         return _decode(plain, tensors)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointCorruptError(f"a tree is malformed: {error!r}") from error
 
@@ -165,17 +140,21 @@ def _decode(node: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
     if tag == "tensor":
         file, name = payload
         return tensors[file][name]
-    return _BACK[tag](_decode(payload, tensors))
+    return BACK[tag](_decode(payload, tensors))
 
 
 def _is_small(value: object) -> bool:
     return type(value) is int and value.bit_length() < 64
 
 
-def _refusal(path: Path, what: str) -> UnstorableError:
+def _refusal(path: Place, what: str) -> UnstorableError:
     parts = [f".{p}" if str(p).isidentifier() else f"[{p!r:.60}]" for p in path]
     where = "".join(parts).removeprefix(".") or "the tree"
     return UnstorableError(
         f"`{where}` {what}: it has no stored form; leave "
         "it out of the state, or return it from `user_state_dict` in another form"
     )
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

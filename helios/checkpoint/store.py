@@ -8,17 +8,22 @@ The checksum is that of the record's bytes as they stand there. The record is::
 
     {"format": 1, "created": "<UTC time>", "progress": {...}, "identity": {...},
      "trees": {"<group>": <plain data of the codec>},
-     "files": {"<name>.safetensors": {"size_bytes": n, "checksum": "crc32:..."}}}
+     "files": {"<name>.safetensors": {"group": "<group>", "size_bytes": n,
+                                      "crc32": ["<8 hex digits>", ...]}}}
 
+A file has a checksum for each 64 MiB of it. A group with more tensors than fit in one
+file is split into shards, with an index; both as the Hugging Face Hub has them.
 ``created`` rises from one checkpoint of a folder to the next, whatever the clock does.
 A folder whose name begins with a dot is being written or deleted. Tests inject faults
-into this module's ``os``, ``open``, ``shutil`` and ``save_file``.
+into this module's ``os``, ``open`` and ``shutil``.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
+import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,12 +32,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import safetensors.torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from helios.checkpoint.codec import decode
+from helios.checkpoint.tensors import (
+    check_size,
+    map_tensors,
+    verify_file,
+    write_tensors,
+)
 from helios.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -42,84 +51,153 @@ from helios.errors import (
 FORMAT = 1
 RECORD = "helios.json"
 SUFFIX = ".safetensors"
+INDEX = ".safetensors.index.json"
+#: Larger ones would take much memory to read.
+MAX_RECORD_BYTES = 1 << 26
+MAX_SHARD_BYTES = 5 * 10**9
 _ENVELOPE = re.compile(
     rb'\{"checksum": "crc32:([0-9a-f]{8})", "record": (\{.*\})\}\n', re.DOTALL
 )
 _NAME = re.compile(r"(?!\.)[^/\0]+(?<!\.replaced)")
 # What reading any file may raise. MemoryError, say, does not tell of a damaged one.
-_DAMAGE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+_DAMAGE = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError),
+    SafetensorError,
+)
 
 Report: TypeAlias = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint; its tensors, by file and name, are in memory of their own."""
+    """A checkpoint, by group and name its tensors, which are read where they are used.
+
+    They can be written to, which changes neither the file nor another `Checkpoint`.
+    """
 
     path: Path
     record: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
 
-    def tree(self, group: str) -> Any:
-        """Decode one group. It gets the tensors themselves: decode it once."""
+    def tree(self, group: str, *, own: bool = False) -> Any:
+        """Decode one group.
+
+        `own`: with tensors in memory of their own, but for those of "model", which
+        whoever loads weights copies anyway. Else with those of `tensors` themselves.
+        """
         if group not in self.record["trees"]:
             raise CheckpointError(f"{self.path} has no {group!r}")
-        return decode(self.record["trees"][group], self.tensors)
+        tensors: Mapping[str, Mapping[str, Tensor]] = self.tensors
+        if own:
+            tensors = {
+                name: _Cloned(found) if name != "model" else found
+                for name, found in self.tensors.items()
+            }
+        return decode(self.record["trees"][group], tensors)
+
+
+class _Cloned(dict[str, Tensor]):
+    """Tensors that are copied where they are asked for, each once."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __missing__(self, name: str) -> Tensor:
+        self[name] = found = self._tensors[name].clone()
+        return found
 
 
 class CheckpointStore:
     """The checkpoints in one folder. One process at a time may begin and commit."""
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+    def __init__(
+        self, root: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        self.root, self.max_shard_bytes = Path(root), max_shard_bytes
 
-    def begin(self, name: str) -> Path:
-        """Make the folder to write into; remove what dead writers left behind."""
+    def begin(self, name: str, *, size_bytes: int = 0) -> Path:
+        """Make the folder to write into; remove what dead writers left behind.
+
+        Raises:
+            OSError: it cannot be made, or the disk has no room for that size.
+        """
         if not _NAME.fullmatch(name):
             raise ValueError(f"`name` must be that of a plain folder, got {name!r}")
         os.makedirs(self.root, exist_ok=True)
         aside = [p for p in self.root.glob("*.replaced") if p.with_suffix("").exists()]
         for litter in (*self.root.glob(".helios-*"), *aside):
             shutil.rmtree(litter, ignore_errors=True)
+        if (free := shutil.disk_usage(self.root).free) < size_bytes:
+            raise OSError(
+                errno.ENOSPC,
+                f"{os.strerror(errno.ENOSPC)}: {size_bytes} bytes are needed in "
+                f"{self.root}, {free} are free",
+            )
         folder = self.root / f".helios-{uuid.uuid4().hex}"
         os.mkdir(folder)
         return folder
 
-    def write_file(
+    def write_group(
         self,
         folder: Path,
-        file: str,
+        group: str,
         tensors: Mapping[str, Tensor],
         aliases: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
-        """Write ``<file>.safetensors`` to the disk; the tensors share no memory."""
-        path = folder / f"{file}{SUFFIX}"
-        contents = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(contents, path, metadata=dict(aliases or {}) or None)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        checksum = 0
-        with open(path, "rb") as written:
-            os.fchmod(written.fileno(), folder.stat().st_mode & 0o666)  # not 0600
-            while chunk := written.read(1 << 20):
-                checksum = zlib.crc32(chunk, checksum)
-            os.fsync(written.fileno())
-            return {"size_bytes": written.tell(), "checksum": f"crc32:{checksum:08x}"}
+        """Write a group's files to the disk; what the record says of them, by name."""
+        shards = _shards(tensors, self.max_shard_bytes)
+        if len(shards) == 1:
+            return self._write_file(folder, f"{group}{SUFFIX}", group, tensors, aliases)
+        entries, places = dict[str, Any](), dict[str, str]()
+        for number, names in enumerate(shards, 1):
+            file = f"{group}-{number:05}-of-{len(shards):05}{SUFFIX}"
+            shard = {name: tensors[name] for name in names}
+            inside = {a: n for a, n in (aliases or {}).items() if n in shard}
+            entries |= self._write_file(folder, file, group, shard, inside)
+            places |= dict.fromkeys(names, file)
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        text = json.dumps(index, indent=2).encode()
+        with open(folder / f"{group}{INDEX}", "xb") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        entry = {"size_bytes": len(text), "crc32": [f"{zlib.crc32(text):08x}"]}
+        return {**entries, f"{group}{INDEX}": entry}
+
+    def _write_file(
+        self,
+        folder: Path,
+        file: str,
+        group: str,
+        tensors: Mapping[str, Tensor],
+        aliases: Mapping[str, str] | None,
+    ) -> dict[str, Any]:
+        with open(folder / file, "xb") as out:
+            entry = write_tensors(out, tensors, aliases or {})
+            out.flush()
+            os.fsync(out.fileno())
+        return {file: {"group": group, **entry}}
 
     def commit(self, folder: Path, name: str, record: Mapping[str, Any]) -> Path:
         """Make ``folder`` the checkpoint ``name``, in the place of one of that name.
 
-        ``record`` has ``trees``, ``files`` (by name without suffix, what
-        :meth:`write_file` returned, of all ranks), and what else it is to hold.
+        ``record`` has ``trees``, ``files`` (what :meth:`write_group` returned, of all
+        groups and ranks), and what else it is to hold.
         """
-        files = {f"{file}{SUFFIX}": entry for file, entry in record["files"].items()}
-        after = [at + timedelta(microseconds=1) for _, at in self._scan() if at]
+        after = [
+            r["created"] + timedelta(microseconds=1) for r in self.records().values()
+        ]
         now = max([datetime.now(UTC), *after])
         head = {"format": FORMAT, "created": now.isoformat()}
         # Not escaped: JSON takes two escaped lone surrogates for one character.
-        text = json.dumps({**head, **record, "files": files}, ensure_ascii=False)
+        text = json.dumps({**head, **record}, ensure_ascii=False)
         body = text.encode(errors="surrogatepass")
+        if len(body) > MAX_RECORD_BYTES:
+            raise CheckpointError(
+                f"the state's plain values take {len(body) >> 20} MiB, of at most "
+                f"{MAX_RECORD_BYTES >> 20}; keep long lists of numbers as arrays"
+            )
         with open(folder / RECORD, "xb") as out:
             checksum = b"crc32:%08x" % zlib.crc32(body)
             out.write(b'{"checksum": "%s", "record": %s}\n' % (checksum, body))
@@ -132,17 +210,26 @@ class CheckpointStore:
         os.rename(folder, final)
         _sync_folder(self.root)
         if aside.exists():
-            self._remove(aside)
+            self.remove(aside)
         return final
+
+    def records(self) -> dict[Path, dict[str, Any]]:
+        """The checkpoints with a readable record, newest first, and the records."""
+        found = [(r["created"], path, r) for path, r in self._scan() if r is not None]
+        newest_first = sorted(found, key=lambda one: one[:2], reverse=True)
+        return {path: record for _, path, record in newest_first}
 
     def list(self) -> Sequence[Path]:
         """The checkpoints with a readable record, newest first."""
-        found = [(at, path) for path, at in self._scan() if at is not None]
-        return [path for _, path in sorted(found, reverse=True)]
+        return list(self.records())
+
+    def candidates(self) -> Sequence[Path]:
+        """All that are there, also those whose record cannot be read."""
+        return [path for path, _ in self._scan()]
 
     def find_last(self, report: Report = lambda why: None) -> Path | None:
         """The newest checkpoint that is whole; ``report`` hears why others are not."""
-        damaged = [path for path, at in self._scan() if at is None]
+        damaged = [path for path, record in self._scan() if record is None]
         for path in (*damaged, *self.list()):
             try:
                 return read_checkpoint(path).path
@@ -154,23 +241,24 @@ class CheckpointStore:
         """Delete all but the newest ``keep_last``, unread: call it after a commit."""
         assert keep_last >= 1
         for path in self.list()[keep_last:]:
-            self._remove(path)
+            self.remove(path)
 
-    def _scan(self) -> Iterator[tuple[Path, datetime | None]]:
-        """Each checkpoint, and when it was made; None: its record cannot be read."""
+    def remove(self, path: Path) -> None:
+        """Delete a checkpoint, as a whole."""
+        doomed = self.root / f".helios-{uuid.uuid4().hex}"  # never half of one
+        os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def _scan(self) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+        """Each checkpoint, and its record; None: that cannot be read."""
         for path in sorted(self.root.glob("[!.]*/")):
             try:
                 if not path.is_symlink():  # another name, such as "latest"
-                    yield path, _read_record(path)["created"]
+                    yield path, _read_record(path)
             except CheckpointNotFoundError:
                 continue
             except CheckpointError:
                 yield path, None
-
-    def _remove(self, path: Path) -> None:
-        doomed = self.root / f".helios-{uuid.uuid4().hex}"  # never half of one
-        os.rename(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def find_last_checkpoint(root: str | Path) -> Path | None:
@@ -180,33 +268,51 @@ def find_last_checkpoint(root: str | Path) -> Path | None:
     return max(found, key=lambda path: _read_record(path)["created"], default=None)
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read and verify a checkpoint.
+def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
+    """Open a checkpoint, whose tensors are then read where they are used.
+
+    `verify=False` compares the sizes of its files only, and not their checksums.
 
     Raises:
         CheckpointNotFoundError: ``path`` is none.
         CheckpointCorruptError: a file of it is missing, truncated or altered.
     """
-    path, tensors = Path(path), {}
-    record = _read_record(path)
+    path = Path(path)
+    record, tensors = _read_record(path), dict[str, dict[str, Tensor]]()
     for name, entry in record["files"].items():
         try:
             if Path(name).name != name:
                 raise ValueError("it is a file elsewhere")
-            data = (path / name).read_bytes()
-            size, checksum = len(data), f"crc32:{zlib.crc32(data):08x}"
-            if entry != {"size_bytes": size, "checksum": checksum}:
-                raise ValueError("it is truncated or altered")
-            tensors[name.removesuffix(SUFFIX)] = safetensors.torch.load(data)
-        except (*_DAMAGE, SafetensorError) as error:
+            (verify_file if verify else check_size)(path / name, entry)
+            if name.endswith(SUFFIX):
+                tensors.setdefault(entry["group"], {}).update(map_tensors(path / name))
+        except _DAMAGE as error:
             raise CheckpointCorruptError(f"{path / name}: {error}") from error
     return Checkpoint(path, record, tensors)
+
+
+def find_damage(path: str | Path) -> dict[str, str]:
+    """What is wrong with each file of a checkpoint, by name; empty where it is whole.
+
+    Raises:
+        CheckpointError: it is none, or its record cannot be read.
+    """
+    found = {}
+    for name, entry in _read_record(Path(path))["files"].items():
+        try:
+            verify_file(Path(path) / name, entry)
+        except _DAMAGE as error:
+            found[name] = str(error)
+    return found
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
         if not any(path.glob(f"*{SUFFIX}")) and not (path / RECORD).exists():
             raise CheckpointNotFoundError(f"{path} is not the folder of a checkpoint")
+        found = (path / RECORD).lstat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > 2 * MAX_RECORD_BYTES:
+            raise ValueError("it is no plain file, or too large")
         parts = _ENVELOPE.fullmatch((path / RECORD).read_bytes())
         if parts is None or parts[1] != b"%08x" % zlib.crc32(parts[2]):
             raise ValueError("it is truncated or altered")
@@ -222,6 +328,19 @@ def _read_record(path: Path) -> dict[str, Any]:
     except _DAMAGE as error:
         raise CheckpointCorruptError(f"{path / RECORD}: {error}") from error
     return record
+
+
+def _shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
+    """The names of each shard; a tensor that is larger than one has its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
 
 
 def _sync_folder(folder: Path) -> None:

@@ -21,25 +21,47 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._buffers: dict[tuple[str, str], Tensor] = {}
 
     def snapshot(self, files: Files) -> Files:
         """Copy live tensors, by file and name, to the host, once no job is in flight.
 
-        So that there is one copy of the state at most.
+        The buffers of the last copy are used again, so that there is one copy of the
+        state at most. Those of tensors on a GPU are pinned.
         """
         self.wait()
+        old, self._buffers = self._buffers, {}
+        devices = {t.device for tensors in files.values() for t in tensors.values()}
         # A copy made in inference mode would carry its restrictions along.
         with torch.inference_mode(False), torch.no_grad():
-            return {
-                file: {n: t.to("cpu", copy=True) for n, t in tensors.items()}
-                for file, tensors in files.items()
-            }
+            for file, tensors in files.items():
+                for name, live in tensors.items():
+                    buffer = old.pop((file, name), None)
+                    traits = live.shape, live.dtype
+                    if buffer is None or (buffer.shape, buffer.dtype) != traits:
+                        buffer = torch.empty(
+                            live.shape, dtype=live.dtype, pin_memory=live.is_cuda
+                        )
+                    self._buffers[file, name] = buffer.copy_(
+                        live, non_blocking=live.is_cuda
+                    )
+            for device in devices:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+        return {
+            file: {n: self._buffers[file, n] for n in files[file]} for file in files
+        }
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run ``job`` in the background, once the one in flight is done."""
         self.wait()
         self._thread = threading.Thread(target=self._run, args=(job,))
         self._thread.start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether :meth:`check` would raise."""
+        return self._error is not None
 
     def check(self) -> None:
         """Raise, once, a CheckpointError for a job that failed since the last call."""

@@ -3,6 +3,7 @@
 import click
 
 from helios._version import __version__
+from helios.cli.checkpoint import checkpoint
 from helios.cli.env import env
 
 
@@ -12,4 +13,5 @@ def main() -> None:
     """Resumable training on Accelerate."""
 
 
+main.add_command(checkpoint)
 main.add_command(env)

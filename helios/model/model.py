@@ -300,8 +300,12 @@ class Model(abc.ABC):
         return self.accelerator.gather(tensor)
 
     def gather_for_metrics(self, values: Any) -> Any:
-        """The values of all ranks without padded duplicates; every rank must call."""
-        return self.accelerator.gather_for_metrics(values)
+        """The values of all ranks without padded duplicates; every rank must call.
+
+        For what has a row, or an item, for each sample of the batch in work, so that
+        an evaluation counts every sample once whatever the number of ranks.
+        """
+        return self.engine.gather_for_metrics(values)
 
     def print(self, *args: Any) -> None:
         """Print on the main rank."""

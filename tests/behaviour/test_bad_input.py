@@ -91,6 +91,19 @@ def test_datamodule_without_training_data_is_refused():
         fit(IdModel(), NoData())
 
 
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_loader_that_cannot_be_entered_anywhere_is_refused(part):
+    class Data(IndexData):
+        pass
+
+    loader = torch.utils.data.DataLoader(IndexDataset(4))
+    setattr(Data, f"{part}_dataloader", lambda self: (loader, None))
+    model = IdModel()
+    with pytest.raises(DataError, match=r"return `helios\.data\.create_dataloader"):
+        fit(model, Data())
+    assert model.batches == []
+
+
 @pytest.mark.parametrize("phase", ["valid", "test"])
 def test_evaluation_without_data_is_refused(phase):
     trainer = helios.Trainer(use_cpu=True)

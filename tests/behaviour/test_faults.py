@@ -107,7 +107,7 @@ def test_exceptions_that_are_named_pass_unlogged(tmp_path, capsys):
 def test_failing_sample_is_named(tmp_path):
     with pytest.raises(Broken) as caught:
         train(IdModel(), FailingData(), tmp_path, **OPTIONS)
-    assert caught.value.__notes__ == ["Helios: in sample 0 of batch 0"]
+    assert caught.value.__notes__ == ["Helios: in sample 0 (epoch 0, batch 0)"]
 
 
 def test_trainer_can_be_used_again_after_a_failure(tmp_path):

@@ -1,10 +1,21 @@
 """A run stopped anywhere and started again ends with the same bits."""
 
+import functools
+
 import pytest
-from support import RandomData, RandomModel, RecordingCallback, StopAt, digest, train
+import torch
+from support import (
+    Case,
+    RandomData,
+    RandomModel,
+    RecordingCallback,
+    StopAt,
+    digest,
+    every_batch,
+    train,
+)
 
 import helios
-from helios.checkpoint import find_last_checkpoint, read_checkpoint
 
 EPOCHS = {"total_steps": 4, "valid_frequency": 1, "chkpt_frequency": 2}
 STEPS = {
@@ -16,66 +27,9 @@ STEPS = {
 }
 
 
-class Outcome:
-    """All that two runs are compared by."""
-
-    def __init__(self, model, root, recorder):
-        self.weights = digest(model.state_dict())
-        self.history = [value.hex() for value in model.history]
-        self.ids = list(model.ids)
-        self.logged = list(recorder.logged)
-        checkpoint = read_checkpoint(find_last_checkpoint(root))
-        self.state = digest(checkpoint.tree("training"))
-        self.rng = digest(checkpoint.tree("rank_0"))
-        progress = checkpoint.record["progress"]
-        self.progress = {k: progress[k] for k in progress if "time" not in k}
-
-    def __eq__(self, other):
-        return vars(self) == vars(other)
-
-
-def run(root, *callbacks, data=None, **options):
-    model = RandomModel()
-    is_finished, recorder = train(
-        model, RandomData(**(data or {})), root, *callbacks, **options
-    )
-    return is_finished, model, recorder
-
-
-def uninterrupted(root, **options):
-    is_finished, model, recorder = run(root, **options)
-    assert is_finished
-    return Outcome(model, root, recorder)
-
-
-def interrupted(root, *stops, data=None, **options):
-    """Run once for each stop, then to the end; ids and logs of all runs joined."""
-    ids, logged = [], []
-    for stop in stops:
-        is_finished, model, recorder = run(root, stop, data=data, **options)
-        assert not is_finished
-        ids += model.ids
-        logged += recorder.logged
-    is_finished, model, recorder = run(root, StopAt(), data=data, **options)
-    assert is_finished
-    model.ids[:0] = ids
-    recorder.logged[:0] = logged
-    return Outcome(model, root, recorder)
-
-
-def check(tmp_path, stops, **options):
-    # The same callbacks as in the interrupted runs, which a resume asks for.
-    is_finished, model, recorder = run(tmp_path / "whole", StopAt(), **options)
-    assert is_finished
-    whole = Outcome(model, tmp_path / "whole", recorder)
-    for number, chain in enumerate(stops):
-        parts = interrupted(tmp_path / f"parts_{number}", *chain, **options)
-        for name, value in vars(whole).items():
-            assert getattr(parts, name) == value, (name, [vars(s) for s in chain])
-
-
-def every_batch(count):
-    return [[StopAt(batch=batch)] for batch in range(count)]
+def check(root, stops, *, model=RandomModel, data=None, **options):
+    make_data = functools.partial(RandomData, **(data or {}))
+    Case(model, make_data, **options).check(root, stops)
 
 
 @pytest.mark.parametrize("accumulation_steps", [1, 2, 3])
@@ -119,9 +73,8 @@ class Phased(RandomModel):
         return self.trainer.datamodule.train_dataset.inputs.shape[0] < 28
 
 
-def test_switch_between_phases_resumes_exactly(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "RandomModel", Phased)
-    check(tmp_path, every_batch(22), data={"phases": 3}, **EPOCHS)
+def test_switch_between_phases_resumes_exactly(tmp_path):
+    check(tmp_path, every_batch(22), model=Phased, data={"phases": 3}, **EPOCHS)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +89,13 @@ def test_workers_resume_exactly(tmp_path, workers):
 
 
 def test_number_of_workers_changes_nothing(tmp_path):
-    alone = uninterrupted(tmp_path / "0", **EPOCHS)
-    four = {"num_workers": 4, "persistent_workers": True}
-    assert uninterrupted(tmp_path / "4", data=four, **EPOCHS) == alone
+    alone = Case(**EPOCHS).uninterrupted(tmp_path / "0")
+    four = functools.partial(RandomData, num_workers=4, persistent_workers=True)
+    assert Case(data=four, **EPOCHS).uninterrupted(tmp_path / "4") == alone
 
 
 def test_workers_may_change_at_a_resume(tmp_path):
-    whole = uninterrupted(tmp_path / "whole", **EPOCHS)
+    whole = Case(**EPOCHS).uninterrupted(tmp_path / "whole")
     first = RandomModel()
     stop = StopAt(batch=7)
     recorder = RecordingCallback()
@@ -173,12 +126,13 @@ class Crash(helios.Callback):
 
 @pytest.mark.parametrize("options", [EPOCHS, STEPS], ids=["epochs", "steps"])
 def test_crash_after_any_batch_resumes_from_the_last_checkpoint(tmp_path, options):
-    whole = uninterrupted(tmp_path / "whole", **options)
+    case = Case(**options)
+    whole = case.uninterrupted(tmp_path / "whole")
     for batch in range(1, 18, 2):
         root = tmp_path / f"crash_{batch}"
         with pytest.raises(RuntimeError, match="crash"):
-            run(root, Crash(batch), **options)
-        is_finished, model, _ = run(root, Crash(None), **options)
+            case.run(root, Crash(batch))
+        is_finished, model, _ = case.run(root, Crash(None))
         assert is_finished
         assert digest(model.state_dict()) == whole.weights, batch
         assert [value.hex() for value in model.history] == whole.history
@@ -188,36 +142,32 @@ class Meddler(RandomModel):
     """Draws and changes weights in hooks that a resume runs again."""
 
     def on_training_start(self):
-        import torch
-
         with torch.no_grad():
             self.temperature.add_(torch.rand(()))
 
     def on_training_epoch_start(self, current_epoch):
-        import torch
-
         with torch.no_grad():
             self.heads["a"].bias.add_(torch.rand(1))
         self.history.append(float(current_epoch))
 
 
-def test_hooks_that_change_state_resume_exactly(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "RandomModel", Meddler)
-    check(tmp_path, every_batch(12), **{**EPOCHS, "total_steps": 3})
+def test_hooks_that_change_state_resume_exactly(tmp_path):
+    check(tmp_path, every_batch(12), model=Meddler, **{**EPOCHS, "total_steps": 3})
 
 
 def test_finished_run_started_again_changes_nothing(tmp_path):
-    whole = uninterrupted(tmp_path, **EPOCHS)
-    is_finished, model, recorder = run(tmp_path, **EPOCHS)
+    whole = Case(**EPOCHS).uninterrupted(tmp_path)
+    is_finished, model, recorder = Case(**EPOCHS).run(tmp_path)
     assert is_finished
     assert digest(model.state_dict()) == whole.weights
     assert model.ids == recorder.logged == []
 
 
 def test_finished_run_can_be_made_longer(tmp_path):
-    whole = uninterrupted(tmp_path / "whole", **{**EPOCHS, "total_steps": 6})
-    run(tmp_path / "parts", **EPOCHS)
-    _, model, _ = run(tmp_path / "parts", **{**EPOCHS, "total_steps": 6})
+    longer = Case(**{**EPOCHS, "total_steps": 6})
+    whole = longer.uninterrupted(tmp_path / "whole")
+    Case(**EPOCHS).run(tmp_path / "parts")
+    _, model, _ = longer.run(tmp_path / "parts")
     assert digest(model.state_dict()) == whole.weights
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import RandomData, RandomModel, StopAt, digest, train
+from support.kinds import KINDS, KindData, KindModel
 
 from helios.checkpoint import find_last_checkpoint, read_checkpoint
 
@@ -26,11 +27,18 @@ class CudaModel(RandomModel):
         super().train_step((ids, inputs + noise, targets), state)
 
 
-def run(root, *stops, **options):
+class CudaKindModel(CudaModel, KindModel):
+    """Takes batches of one sample, too."""
+
+
+def pinned():
+    return RandomData(num_workers=1, pin_memory=True)
+
+
+def run(root, *stops, make_model=CudaModel, make_data=pinned, **options):
     ids, logged = [], []
     for stop in [*stops, None]:
-        model = CudaModel()
-        data = RandomData(num_workers=1, pin_memory=True)
+        model, data = make_model(), make_data()
         is_finished, recorder = train(
             model, data, root, StopAt(batch=stop), **OPTIONS, **options
         )
@@ -47,6 +55,19 @@ def test_run_on_a_gpu_resumes_exactly(tmp_path, precision):
     whole = run(tmp_path / "whole", mixed_precision=precision)
     parts = run(tmp_path / "parts", 1, 6, 10, 11, mixed_precision=precision)
     assert parts == whole
+
+
+@pytest.mark.parametrize("kind", ["fetches_batches", "stream", "stateful_stream"])
+def test_batch_that_is_copied_ahead_is_not_counted(tmp_path, kind):
+    make = {
+        "make_model": CudaKindModel,
+        "make_data": lambda: KindData(KINDS[kind], num_workers=1),
+    }
+    whole = run(tmp_path / "whole", **make)
+    parts = run(tmp_path / "parts", 1, 6, 10, 11, **make)
+    # Of the rank's tree, streams keep how long they took.
+    assert parts[:3] == whole[:3]
+    assert parts[3][0] == whole[3][0]
 
 
 def test_fp16_on_a_gpu_has_a_scaler_whose_state_is_saved(tmp_path):

@@ -3,13 +3,16 @@
 from support.data import AugmentedDataset, IndexData, IndexDataset, RandomData
 from support.models import IdModel, RandomModel, TraceModel
 from support.ranks import run_ranks
+from support.resuming import Case, Outcome, every_batch
 from support.runs import RecordingCallback, StopAt, TraceCallback, digest, train
 
 __all__ = [
     "AugmentedDataset",
+    "Case",
     "IdModel",
     "IndexData",
     "IndexDataset",
+    "Outcome",
     "RandomData",
     "RandomModel",
     "RecordingCallback",
@@ -17,6 +20,7 @@ __all__ = [
     "TraceCallback",
     "TraceModel",
     "digest",
+    "every_batch",
     "run_ranks",
     "train",
 ]

@@ -40,6 +40,8 @@ class IdModel(helios.Model):
 class RandomModel(helios.Model):
     """Dropout, two optimizers, schedulers, generators of its own, random validation."""
 
+    norm = nn.BatchNorm1d
+
     def __init__(self, save_name="random"):
         super().__init__(save_name)
         self.best = -1.0
@@ -48,7 +50,7 @@ class RandomModel(helios.Model):
 
     def setup(self, for_inference=False):
         self.net = nn.Sequential(
-            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3)
+            nn.Linear(4, 8), self.norm(8), nn.ReLU(), nn.Dropout(0.3)
         )
         self.heads = {"a": nn.Linear(8, 1), "b": [nn.Linear(8, 1)]}
         self.temperature = nn.Parameter(torch.ones(()))

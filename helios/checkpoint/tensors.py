@@ -1,0 +1,153 @@
+"""One safetensors file: written and checked in a single pass, read by memory map.
+
+The library's own `save_file` copies all tensors in memory first, and its file would
+have to be read again for the checksums.
+"""
+
+import json
+import os
+import stat
+import zlib
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+#: A checksum covers so many bytes of a file, the last one what is left.
+CHUNK_BYTES = 1 << 26
+_PIECE_BYTES = 1 << 22
+_NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
+}
+
+
+def write_tensors(
+    out: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write tensors in host memory; return the file's size and its checksums."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    # The wide ones first: so each begins where its numbers may.
+    order = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.dtype.itemsize
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    writer = _Summing(out)
+    writer.write(memoryview(len(text).to_bytes(8, "little") + text))
+    for name in order:
+        flat = tensors[name].contiguous().reshape(-1)
+        if flat.numel():
+            data: Any = flat.view(torch.uint8).numpy()
+            writer.write(memoryview(data))
+    return writer.entry()
+
+
+class _Summing:
+    """Writes to a file, and sums up each chunk meanwhile, on a thread of its own."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self._size, self._sums, self._sum = out, 0, list[str](), 0
+        self._pool = ThreadPoolExecutor(1)
+
+    def write(self, data: memoryview) -> None:
+        start = 0
+        while start < len(data):
+            left = CHUNK_BYTES - self._size % CHUNK_BYTES
+            piece = data[start : start + min(left, _PIECE_BYTES)]
+            job: Future[int] | None = None
+            if len(piece) >= 1 << 16:  # else a thread costs more than it saves
+                job = self._pool.submit(zlib.crc32, piece, self._sum)
+            self._out.write(piece)
+            self._sum = job.result() if job else zlib.crc32(piece, self._sum)
+            self._size += len(piece)
+            start += len(piece)
+            if self._size % CHUNK_BYTES == 0:
+                self._sums.append(f"{self._sum:08x}")
+                self._sum = 0
+
+    def entry(self) -> dict[str, Any]:
+        self._pool.shutdown()
+        last = [f"{self._sum:08x}"] if self._size % CHUNK_BYTES else []
+        return {"size_bytes": self._size, "crc32": [*self._sums, *last]}
+
+
+def verify_file(path: Path, entry: Mapping[str, Any]) -> None:
+    """Compare a file with what `write_tensors` returned.
+
+    Raises:
+        ValueError: it is another file; the message says where.
+        OSError: it cannot be read.
+    """
+    check_size(path, entry)
+    with open(path, "rb") as file, ThreadPoolExecutor() as pool:
+        starts = range(0, entry["size_bytes"], CHUNK_BYTES)
+        sums = pool.map(lambda start: _sum_chunk(file.fileno(), start), starts)
+        for start, saved, found in zip(starts, entry["crc32"], sums, strict=True):
+            if saved != found:
+                end = start + CHUNK_BYTES
+                raise ValueError(f"it is altered, between the bytes {start} and {end}")
+
+
+def check_size(path: Path, entry: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a file has another size, or is no plain file."""
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no plain file")
+    if found.st_size != entry["size_bytes"]:
+        raise ValueError(
+            f"it is truncated or altered: {found.st_size} bytes, of "
+            f"{entry['size_bytes']}"
+        )
+
+
+def _sum_chunk(handle: int, start: int) -> str:
+    found, end = 0, start + CHUNK_BYTES
+    buffer = memoryview(bytearray(1 << 20))
+    while start < end:
+        count = os.preadv(handle, [buffer[: end - start]], start)
+        if not count:
+            break
+        found = zlib.crc32(buffer[:count], found)
+        start += count
+    return f"{found:08x}"
+
+
+def map_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the names and tensors of a file, which is read where a tensor is used.
+
+    They may be written to; the file stays as it is.
+
+    Raises:
+        SafetensorError: it is no such file.
+    """
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  # it is no mapping
+            yield name, file.get_tensor(name)

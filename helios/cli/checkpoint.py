@@ -1,0 +1,265 @@
+"""``helios checkpoint``: look at checkpoints, compare them, thin them out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+# Helios's own modules are imported in the commands: `helios --help` must not wait for
+# torch.
+
+_ROOT = click.argument("root", type=click.Path(exists=True, path_type=Path))
+_PATH = click.argument("path", type=click.Path(exists=True, path_type=Path))
+_JSON = click.option("--json", "as_json", is_flag=True, help="For other programs.")
+
+
+@click.group()
+def checkpoint() -> None:
+    """Look at checkpoints, compare them, thin them out.
+
+    PATH is the folder of a checkpoint, ROOT one that has some in it or in its folders,
+    such as a run's chkpt_root.
+
+    Exit status: 0, or 1 where something is damaged or differs, or 2 where the command
+    could not be carried out.
+    """
+
+
+@checkpoint.command("list")
+@_ROOT
+@_JSON
+def list_(root: Path, as_json: bool) -> None:
+    """List the checkpoints, newest first."""
+    rows = [
+        {
+            "path": str(path.relative_to(root)),
+            "created": f"{record['created']:%Y-%m-%d %H:%M:%S}",
+            "epoch": record["progress"].get("global_epoch"),
+            "step": record["progress"].get("current_iteration"),
+            "size_bytes": sum(f["size_bytes"] for f in record["files"].values()),
+            "is_best": bool(record.get("is_best")),
+            "metrics": record.get("metrics", {}),
+        }
+        for path, record in _found(root).items()
+    ]
+    if as_json:
+        click.echo(json.dumps(rows))
+        return
+    if not rows:
+        click.echo("no checkpoints")
+    _table(
+        {
+            "checkpoint": row["path"],
+            "created (UTC)": row["created"],
+            "epoch": row["epoch"],
+            "step": row["step"],
+            "size": _size(row["size_bytes"]),
+            "": "best" if row["is_best"] else "",
+            "metrics": "  ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items()),
+        }
+        for row in rows
+    )
+
+
+@checkpoint.command()
+@_PATH
+@click.option("--tensors", is_flag=True, help="List every tensor too.")
+@_JSON
+def show(path: Path, tensors: bool, as_json: bool) -> None:
+    """Say what a checkpoint holds, without reading its tensors."""
+    from helios.checkpoint import read_checkpoint
+
+    with _errors():
+        found = read_checkpoint(path, verify=False)
+    record = dict(found.record)
+    del record["trees"]
+    record["tensors"] = {
+        group: {
+            name: {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape)}
+            for name, t in members.items()
+        }
+        for group, members in found.tensors.items()
+    }
+    record["created"] = record["created"].isoformat()
+    if as_json:
+        click.echo(json.dumps(record))
+        return
+    click.echo(f"{path}, created {record['created']}, format {record['format']}")
+    for title in ("progress", "metrics", "identity"):
+        click.echo(title)
+        for name, value in record.get(title, {}).items():
+            click.echo(f"  {name}  {value}")
+    click.echo("files")
+    _table(
+        {"": " ", "file": name, "size": _size(entry["size_bytes"])}
+        for name, entry in record["files"].items()
+    )
+    click.echo("tensors")
+    for group, members in record["tensors"].items():
+        count = sum(tensor.numel() for tensor in found.tensors[group].values())
+        click.echo(f"  {group}  {len(members)}, of {count} numbers")
+        for name, tensor in members.items() if tensors else ():
+            click.echo(f"    {name}  {tensor['dtype']} {tensor['shape']}")
+
+
+@checkpoint.command()
+@_ROOT
+@_JSON
+def verify(root: Path, as_json: bool) -> None:
+    """Compare all files with their checksums, and name what is damaged."""
+    from tqdm import tqdm
+
+    from helios.checkpoint import CheckpointStore, find_damage
+    from helios.errors import CheckpointError
+
+    paths = [root] if _is_checkpoint(root) else []
+    for folder in [] if paths else [root, *sorted(root.glob("[!.]*/"))]:
+        paths += CheckpointStore(folder).candidates()
+    report: dict[str, dict[str, str]] = {}
+    for path in tqdm(paths, desc="verifying", leave=False, disable=None, delay=1):
+        try:
+            report[str(path)] = find_damage(path)
+        except CheckpointError as error:
+            report[str(path)] = {"helios.json": str(error)}
+    if as_json:
+        click.echo(json.dumps(report))
+    for name, damage in {} if as_json else report.items():
+        click.echo(f"{name}: {'DAMAGED' if damage else 'whole'}")
+        for file, why in damage.items():
+            click.echo(f"  {file}: {why}")
+    if not report:
+        raise click.ClickException(f"there is no checkpoint in {root}")
+    if any(report.values()):
+        raise click.exceptions.Exit(1)
+
+
+@checkpoint.command()
+@click.argument("first", type=click.Path(exists=True, path_type=Path))
+@click.argument("second", type=click.Path(exists=True, path_type=Path))
+@click.option("--most", default=20, show_default=True, help="Lines to print.")
+@_JSON
+def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
+    """Name the first values and tensors that differ, bit by bit."""
+    from itertools import islice
+
+    from helios.checkpoint import read_checkpoint
+    from helios.differences import differences
+
+    with _errors():
+        one, two = (read_checkpoint(path) for path in (first, second))
+        found = []
+        for group in {**one.record["trees"], **two.record["trees"]}:
+            missing = [c.path for c in (one, two) if group not in c.record["trees"]]
+            if missing:
+                found.append((group, f"not in {missing[0]}", ""))
+                continue
+            left, right = one.tree(group), two.tree(group)
+            found += islice(differences(left, right, group), most + 1)
+        for name in ("progress", "metrics"):
+            pair = one.record.get(name), two.record.get(name)
+            found += islice(differences(*pair, name), most)
+    shown = found[:most]
+    if as_json:
+        rows = [{"path": p, "first": f"{a}", "second": f"{b}"} for p, a, b in shown]
+        click.echo(json.dumps(rows))
+    else:
+        for path, left, right in shown:
+            click.echo(f"{path}: {left!r:.80} / {right!r:.80}")
+        if len(found) > most:
+            click.echo("and more")
+        if not found:
+            click.echo("the same, bit by bit")
+    if found:
+        raise click.exceptions.Exit(1)
+
+
+@checkpoint.command()
+@_ROOT
+@click.option("--keep-last", type=click.IntRange(1), required=True)
+@click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
+def prune(root: Path, keep_last: int, dry_run: bool) -> None:
+    """Delete all but the newest checkpoints of each folder."""
+    from helios.checkpoint import CheckpointStore
+
+    for folder in (root, *sorted(root.glob("[!.]*/"))):
+        store = CheckpointStore(folder)
+        for path in store.list()[keep_last:]:
+            click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
+            if not dry_run:
+                store.remove(path)
+
+
+@checkpoint.command()
+@_PATH
+@click.argument("out", type=click.Path(path_type=Path))
+def export(path: Path, out: Path) -> None:
+    """Write the networks' weights to OUT, one safetensors file without the rest."""
+    from safetensors.torch import save_file
+
+    from helios.checkpoint import read_checkpoint
+
+    if out.exists():
+        raise click.ClickException(f"{out} exists; remove it, or choose another name")
+    with _errors():
+        found = read_checkpoint(path)
+    if "model" not in found.tensors:
+        raise click.ClickException(f"{path} has no weights")
+    partial = out.with_name(f".{out.name}.partial")
+    try:
+        save_file(found.tensors["model"], partial, metadata={"format": "pt"})
+        partial.rename(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    click.echo(f"{len(found.tensors['model'])} tensors in {out}")
+
+
+class _errors:  # noqa: N801  # used as a function is
+    """Turns what is wrong with a checkpoint into a message, and exit status 2."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        from helios.errors import CheckpointError
+
+        if isinstance(error, CheckpointError):
+            raise click.UsageError(str(error)) from error
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / "helios.json").exists() or any(path.glob("*.safetensors"))
+
+
+def _found(root: Path) -> dict[Path, dict[str, Any]]:
+    """The checkpoints in a folder and its folders, newest first, and their records."""
+    from helios.checkpoint import CheckpointStore
+
+    found = dict[Path, dict[str, Any]]()
+    for folder in (root, *root.glob("[!.]*/")):
+        found |= CheckpointStore(folder).records()
+    newest_first = sorted(found.items(), key=lambda f: f[1]["created"], reverse=True)
+    return dict(newest_first)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _table(rows: Any) -> None:
+    lines = [{k: str(v) for k, v in row.items()} for row in rows]
+    for column in list(lines[0]) if lines else []:
+        wide = max(len(column), *(len(line[column]) for line in lines))
+        for line in lines:
+            line[column] = line[column].ljust(wide)
+    if lines:
+        heads = (name.ljust(len(text)) for name, text in lines[0].items())
+        click.echo("  ".join(heads).rstrip())
+    for line in lines:
+        click.echo("  ".join(line.values()).rstrip())

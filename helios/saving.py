@@ -1,0 +1,273 @@
+"""Saving: when beside the schedule a checkpoint is due, how it is made, which stay."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helios.callbacks.base import Callback, overridden
+from helios.checkpoint import BackgroundWriter, CheckpointStore
+from helios.checkpoint.store import MAX_SHARD_BYTES
+from helios.errors import CheckpointError
+from helios.state import TrainingUnit, check_name
+
+if TYPE_CHECKING:
+    from helios.session import Session
+
+#: A file of this name in the folder of the checkpoints asks for one.
+TRIGGER = "save"
+_LOOK_EVERY_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepBest:
+    """The checkpoints that have the best values of a metric, for `keep_best`.
+
+    The value is the one that was logged under that name at the step of the checkpoint:
+    validate as often as you save. NaN is never the best.
+    """
+
+    metric: str  #: the name under which it is logged
+    mode: str = "max"  #: or "min"
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("max", "min"):
+            raise ValueError(f'`mode` must be "max" or "min", got {self.mode!r}')
+        if type(self.count) is not int or self.count < 1:
+            raise ValueError(f"`count` must be an int >= 1, got {self.count!r}")
+
+    def best(self, found: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
+        """The best of some checkpoints, by their records; the newer of equal ones."""
+        values = {path: self._value(record) for path, record in found.items()}
+        with_one = [path for path in found if not math.isnan(values[path])]
+        sign = 1 if self.mode == "min" else -1
+        return sorted(with_one, key=lambda path: sign * values[path])[: self.count]
+
+    def _value(self, record: Mapping[str, Any]) -> float:
+        value = record.get("metrics", {}).get(self.metric)
+        return math.nan if value is None else float(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SaveOptions:
+    """How a run saves, as the Trainer's arguments of these names say.
+
+    Raises:
+        TypeError, ValueError: wrong values, naming the argument.
+    """
+
+    chkpt_interval_s: float | None = None
+    keep_last: int | None = None
+    keep_every: int | None = None
+    keep_best: KeepBest | None = None
+    async_save: bool = True
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    def __post_init__(self) -> None:
+        for name in ("keep_last", "keep_every", "max_shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"`{name}` must be an int >= 1 or None, got {value!r}")
+        interval = self.chkpt_interval_s
+        is_number = isinstance(interval, int | float) and type(interval) is not bool
+        if interval is not None and not (is_number and interval > 0):
+            raise ValueError(
+                f"`chkpt_interval_s` must be > 0 seconds or None, got {interval!r}"
+            )
+        if not isinstance(self.keep_best, KeepBest | None):
+            raise TypeError(
+                f"`keep_best` must be a helios.KeepBest, got {self.keep_best!r}"
+            )
+        for name in ("keep_every", "keep_best"):
+            if getattr(self, name) is not None and self.keep_last is None:
+                raise ValueError(
+                    f"`{name}` needs `keep_last`: without it all checkpoints are kept"
+                )
+
+
+class Saver:
+    """Writes the checkpoints of a session to a store, in the background."""
+
+    def __init__(
+        self,
+        session: Session,
+        store: CheckpointStore,
+        options: SaveOptions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store, self._options = store, options
+        self._session, self._clock = session, clock
+        self._background = BackgroundWriter()
+        self._hook_error: BaseException | None = None
+        self._saved_at: tuple[int, int] | None = None
+        self._is_requested = False
+        self._saved_s = self._looked_s = clock()
+
+    def request(self) -> None:
+        """Have the next step saved; any rank, any thread."""
+        self._is_requested = True
+
+    def wants(self) -> bool:
+        """Whether this rank wants to save now, whatever the schedule says."""
+        now_s, interval_s = self._clock(), self._options.chkpt_interval_s
+        if self._session.engine.is_main:
+            if now_s - self._looked_s >= _LOOK_EVERY_S:
+                self._looked_s = now_s
+                self._look()
+            if interval_s is not None and now_s - self._saved_s >= interval_s:
+                return True
+        return self._is_requested
+
+    def _look(self) -> None:
+        try:
+            (self.store.root / TRIGGER).unlink()
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            self._session.logger.error("no checkpoint is made on demand: %s", error)
+            return
+        self._is_requested = True
+
+    def mark(self) -> None:
+        """Note that the state as it is has been saved, or come from a checkpoint."""
+        self._saved_at = self._position()
+
+    def answered(self) -> None:
+        """Note that what was wanted has been dealt with."""
+        self._is_requested, self._saved_s = False, self._clock()
+
+    def save(self) -> None:
+        """Save a checkpoint, unless this state is saved already; every rank must call.
+
+        Returns when the live tensors have been copied; the rest is written behind. A
+        checkpoint that cannot be written is reported, and training goes on.
+        """
+        if self._position() == self._saved_at:
+            return
+        self.finish()
+        session = self._session
+        engine, model, own = session.engine, session._model, session._own
+        encoder, trees = session._encode()
+        state = session.state
+        at = f"epoch_{state.global_epoch}_iter_{state.current_iteration}"
+        name = model.append_metadata_to_chkpt_name(f"{model.save_name}_{at}")
+        check_name("append_metadata_to_chkpt_name", name)
+        sizes = engine.gather_objects(
+            sum(t.nbytes for group in encoder.files.values() for t in group.values())
+        )
+        folder, failure = None, None
+        if engine.is_main:
+            try:
+                folder = self.store.begin(name, size_bytes=sum(sizes))
+            except OSError as error:
+                failure = error
+        folder = engine.gather_objects(folder)[0]
+        if folder is None:
+            self._report(failure)
+            return
+        files = self._background.snapshot(encoder.files)
+        # The other ranks' files are small: they are written at once, so that the main
+        # rank can finish alone, in the background.
+        entries = dict[str, Any]()
+        if not engine.is_main:
+            try:
+                entries = self.store.write_group(folder, own, files[own])
+            except OSError as error:
+                failure = OSError(f"on rank {engine.rank}: {error}")
+        ranks = engine.gather_objects((own, trees[own], entries, failure))
+        failures = [found for *_, found in ranks if found is not None]
+        if failures:
+            self._report(failures[0])
+            return
+        self.mark()
+        if not engine.is_main:
+            return
+        record = {
+            "progress": state.dict(),
+            "identity": session.identity,
+            "metrics": session.metrics(),
+            "trees": {rank: tree for rank, tree, *_ in ranks} | trees,
+        }
+
+        def write() -> None:
+            done = dict[str, Any]()
+            for _, _, found, _ in ranks:
+                done |= found
+            for file, tensors in files.items():
+                done |= self.store.write_group(
+                    folder, file, tensors, encoder.aliases[file]
+                )
+            session.flush_writer()  # logs must not fall behind what is resumed from
+            self._commit(folder, name, {**record, "files": done})
+
+        self._background.submit(write)
+        if not self._options.async_save:
+            self._background.wait()
+
+    def _commit(self, folder: Path, name: str, record: dict[str, Any]) -> None:
+        best, others = self._options.keep_best, self.store.records()
+        if best is not None:
+            records = {self.store.root / name: record, **others}
+            record["is_best"] = self.store.root / name in best.best(records)[:1]
+        path = self.store.commit(folder, name, record)
+        self._prune(path)
+        try:
+            hooks = self._session.callbacks
+            for hook in overridden(hooks, Callback.on_checkpoint_saved):
+                hook(self._session, path)
+        except BaseException as error:  # the user's, not the disk's
+            self._hook_error = error
+
+    def _prune(self, newest: Path) -> None:
+        options, found = self._options, self.store.records()
+        if options.keep_last is None:
+            return
+        kept = {newest, *list(found)[: options.keep_last]}
+        if options.keep_best is not None:
+            kept |= set(options.keep_best.best(found))
+        if options.keep_every is not None:
+            is_epochs = self._session.schedule.train_unit is TrainingUnit.EPOCH
+            unit = "global_epoch" if is_epochs else "current_iteration"
+            for path, record in found.items():
+                progress = record["progress"]
+                is_whole = not is_epochs or progress.get("dataset_iter") == 0
+                if is_whole and progress[unit] % options.keep_every == 0:
+                    kept.add(path)
+        for path in found:
+            if path not in kept:
+                self.store.remove(path)
+
+    def has_failed(self) -> bool:
+        """Whether :meth:`finish` has something to say."""
+        return self._background.has_failed or self._hook_error is not None
+
+    def finish(self) -> None:
+        """Wait for the write in flight; report its failure, raise that of a hook."""
+        try:
+            self._background.wait()
+            self._background.check()
+        except CheckpointError as error:
+            self._report(error)
+        user_error, self._hook_error = self._hook_error, None
+        if user_error is not None:
+            raise user_error
+
+    def check_saved(self) -> None:
+        """Raise a CheckpointError where the state as it is could not be saved."""
+        if self._saved_at is None:
+            raise CheckpointError("the last checkpoint could not be written; see above")
+
+    def _position(self) -> tuple[int, int]:
+        return self._session.state.global_iteration, self._session.state.global_epoch
+
+    def _report(self, error: BaseException | None) -> None:
+        self._saved_at = None
+        if error is not None:
+            self._session.logger.error(
+                "A CHECKPOINT COULD NOT BE WRITTEN, the last good one stands: %s", error
+            )

@@ -1,0 +1,151 @@
+"""Data of many kinds, stopped after any batch, go on to the same bits."""
+
+import numpy as np
+import pytest
+from support import AugmentedDataset, Case, StopAt, digest
+from support.data import random_collate
+from support.kinds import (
+    KINDS,
+    LENGTH,
+    WEIGHTS,
+    KindData,
+    KindModel,
+    StatefulStream,
+    Stream,
+)
+
+import helios
+from helios.data import ResumableWeightedRandomSampler
+
+OPTIONS = {
+    "total_steps": 4,
+    "valid_frequency": 2,
+    "print_frequency": 2,
+    "accumulation_steps": 2,
+}
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_stop_at_any_batch(tmp_path, make):
+    case = Case(KindModel, lambda: KindData(make), **OPTIONS)
+    case.check(tmp_path)
+
+
+@pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
+def test_stop_at_every_batch_one_after_the_other(tmp_path, make):
+    case = Case(KindModel, lambda: KindData(make), **OPTIONS)
+    case.check(tmp_path, [[StopAt(batch=batch) for batch in range(12)]])
+
+
+WITH_WORKERS = {
+    name: KINDS[name]
+    for name in (
+        "weighted",
+        "torch_random",
+        "fetches_batches",
+        "stream",
+        "sharded_stream",
+        "stateful_stream",
+    )
+}
+
+
+@pytest.mark.parametrize("make", WITH_WORKERS.values(), ids=WITH_WORKERS)
+def test_workers_resume_exactly(tmp_path, make):
+    case = Case(KindModel, lambda: KindData(make, num_workers=2), **OPTIONS)
+    case.check(tmp_path, [[StopAt(batch=3), StopAt(batch=6)]])
+
+
+@pytest.mark.parametrize("make", WITH_WORKERS.values(), ids=WITH_WORKERS)
+def test_workers_may_change_at_a_resume(tmp_path, make):
+    def part(root, workers, *callbacks):
+        case = Case(KindModel, lambda: KindData(make, num_workers=workers), **OPTIONS)
+        return case.run(root, *callbacks)
+
+    _, whole, _ = part(tmp_path / "whole", 2, StopAt())
+    ids = []
+    for workers, stop in (2, 3), (0, 8), (3, None):
+        _, model, _ = part(tmp_path / "parts", workers, StopAt(batch=stop))
+        ids += model.ids
+    assert ids == whole.ids
+    assert digest(model.state_dict()) == digest(whole.state_dict())
+
+
+class Phases(helios.DataModule):
+    """Phases whose data, batch sizes, samplers and workers differ."""
+
+    def setup(self):
+        collate = {"collate_fn": random_collate}
+        self._add_train_phase(
+            AugmentedDataset(LENGTH), {"batch_size": 4, "shuffle": True, **collate}
+        )
+        self._add_train_phase(StatefulStream(), {"batch_size": 3, **collate})
+        sampler = ResumableWeightedRandomSampler(WEIGHTS[:10])
+        self._add_train_phase(
+            AugmentedDataset(10), {"batch_size": 5, "sampler": sampler, **collate}
+        )
+        self._add_train_phase(Stream(9), {"batch_size": 2, **collate})
+        self._add_valid_dataset(Stream(6), {"batch_size": 3, **collate})
+
+
+class Phased(KindModel):
+    """Goes on to the next phase after each epoch, while there is one."""
+
+    def should_advance_dataset_phase(self):
+        return self.trainer.datamodule._phase < 3
+
+
+@pytest.mark.parametrize("unit", ["epoch", "iteration"])
+def test_phases_of_all_kinds_resume_exactly_around_their_switches(tmp_path, unit):
+    total = {"epoch": 5, "iteration": 14}[unit]
+    case = Case(Phased, Phases, **{**OPTIONS, "train_unit": unit, "total_steps": total})
+    case.check(tmp_path)
+
+
+class Broken(AugmentedDataset):
+    """Cannot load one of its samples, until it is mended."""
+
+    def __init__(self, index):
+        super().__init__(LENGTH)
+        self.index = index
+
+    def __getitem__(self, index):
+        if index == self.index:
+            raise OSError("unreadable")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("position", range(0, LENGTH, 3))
+def test_run_whose_data_failed_goes_on_at_the_same_batch(tmp_path, position):
+    def case(index):
+        return Case(
+            KindModel, lambda: KindData(lambda: Broken(index), shuffle=True), **OPTIONS
+        )
+
+    _, whole, _ = case(None).run(tmp_path / "whole")
+    broken = np.ravel([i for batch in whole.ids[:5] for i in batch])[position].item()
+    with pytest.raises(OSError, match="unreadable"):
+        case(broken).run(tmp_path / "parts")
+    is_finished, model, _ = case(None).run(tmp_path / "parts")
+    assert is_finished
+    assert model.ids == whole.ids[position // 4 :]
+    assert digest(model.state_dict()) == digest(whole.state_dict())
+
+
+def test_data_set_of_another_length_is_refused_at_a_resume(tmp_path):
+    def case(length):
+        return Case(
+            KindModel, lambda: KindData(lambda: AugmentedDataset(length)), **OPTIONS
+        )
+
+    case(LENGTH).run(tmp_path, StopAt(batch=3))
+    with pytest.raises(helios.HeliosError, match="'samples of phase 0': 18"):
+        case(LENGTH + 1).run(tmp_path, StopAt())
+
+
+def test_replayed_stream_says_what_it_costs(tmp_path, capsys):
+    case = Case(KindModel, lambda: KindData(Stream), **OPTIONS)
+    case.run(tmp_path, StopAt(batch=3))
+    assert "read again" not in capsys.readouterr().err
+    case.run(tmp_path, StopAt())
+    assert "12 samples are read again" in capsys.readouterr().err
