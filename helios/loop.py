@@ -288,8 +288,11 @@ def _batch_preparer(model: Model, phase: BatchPhase) -> Callable[[Any], Any]:
 
 def may_differ(engine: Engine, loader: ResumableDataLoader, feed: Feed) -> bool:
     """Whether the ranks may have different numbers of batches; every rank must call."""
-    if engine.world_size == 1 or loader.batches_per_epoch is not None:
+    if engine.world_size == 1:
         return False
+    if (count := loader.batches_per_epoch) is not None:
+        # They differ where a user's sampler is that of one rank.
+        return len(set(engine.gather_objects(count))) > 1
     feed.peek()  # which shows how the data set is shared out
     return engine.agree(loader.plan.is_sharded)
 

@@ -151,7 +151,9 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
     with _errors():
         one, two = (read_checkpoint(path) for path in (first, second))
         found = []
-        for group in {**one.record["trees"], **two.record["trees"]}:
+        groups = {**one.record["trees"], **two.record["trees"]}
+        # "model" and "training" before the ranks.
+        for group in sorted(groups, key=lambda g: (g.startswith("rank"), g)):
             missing = [c.path for c in (one, two) if group not in c.record["trees"]]
             if missing:
                 found.append((group, f"not in {missing[0]}", ""))
@@ -159,8 +161,10 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
             left, right = one.tree(group), two.tree(group)
             found += islice(differences(left, right, group), most + 1)
         for name in ("progress", "metrics"):
-            pair = one.record.get(name), two.record.get(name)
-            found += islice(differences(*pair, name), most)
+            pair = [dict(c.record.get(name, {})) for c in (one, two)]
+            for values in pair:
+                values.pop("average_iter_time", None)  # it is measured
+            found += islice(differences(pair[0], pair[1], name), most)
     shown = found[:most]
     if as_json:
         rows = [{"path": p, "first": f"{a}", "second": f"{b}"} for p, a, b in shown]

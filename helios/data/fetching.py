@@ -16,12 +16,12 @@ from helios.data.seeding import forget_key, number_of, seed_for
 from helios.errors import DataError
 from helios.rng import isolated_rng
 
-IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _SHOWN = 8
 
 
 def init_worker(worker_id: int) -> None:
-    """Have a loader's worker ignore SIGINT and SIGTERM, and unblock them."""
+    """Have a loader's worker ignore what asks a run to save or stop, and unblock it."""
     # A signal to all processes must not take the workers of a run that is to be saved.
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,146 @@
+"""`helios checkpoint`, on checkpoints of real runs."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from support import IdModel, IndexData, train
+
+from helios.checkpoint import CheckpointStore
+from helios.cli import main
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["checkpoint", *map(str, arguments)])
+
+
+@pytest.fixture
+def root(tmp_path):
+    options = {"train_unit": "iteration", "total_steps": 3, "chkpt_frequency": 1}
+    train(IdModel(), IndexData(), tmp_path / "root", **options)
+    return tmp_path / "root"
+
+
+def at(root, step):
+    return root / "ids" / f"ids_epoch_0_iter_{step}"
+
+
+def damage(root, step):
+    path = at(root, step) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_list_shows_the_newest_first(root):
+    result = run("list", root)
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert lines[0].split()[:2] == ["checkpoint", "created"]
+    names = [line.split()[0] for line in lines[1:]]
+    assert names == [f"ids/ids_epoch_0_iter_{step}" for step in (3, 2, 1)]
+    rows = json.loads(run("list", root, "--json").output)
+    assert [row["step"] for row in rows] == [3, 2, 1]
+    assert all(row["size_bytes"] > 0 for row in rows)
+
+
+def test_list_of_a_folder_without_any_says_so(tmp_path):
+    result = run("list", tmp_path)
+    assert (result.exit_code, result.output) == (0, "no checkpoints\n")
+    assert json.loads(run("list", tmp_path, "--json").output) == []
+
+
+def test_show_says_what_a_checkpoint_holds(root):
+    result = run("show", at(root, 2), "--tensors")
+    assert result.exit_code == 0
+    for text in (
+        "current_iteration  2",
+        "train_data",
+        "model.safetensors",
+        "weight  fl",
+    ):
+        assert text in result.output
+    found = json.loads(run("show", at(root, 2), "--json").output)
+    assert found["progress"]["current_iteration"] == 2
+    expected = {"dtype": "float32", "shape": [1, 1]}
+    assert found["tensors"]["model"]["weight"] == expected
+
+
+def test_show_of_something_else_is_an_error(tmp_path):
+    result = run("show", tmp_path)
+    assert result.exit_code == 2
+    assert "is not the folder of a checkpoint" in result.output
+
+
+def test_verify_names_what_is_damaged(root):
+    result = run("verify", root)
+    assert result.exit_code == 0
+    assert result.output.count(": whole") == 3
+    damage(root, 2)
+    (at(root, 1) / "helios.json").unlink()
+    result = run("verify", root)
+    assert result.exit_code == 1
+    assert result.output.count("DAMAGED") == 2
+    assert "model.safetensors: it is altered, between the bytes 0" in result.output
+    report = json.loads(run("verify", root, "--json").output)
+    assert list(report[str(at(root, 2))]) == ["model.safetensors"]
+    assert list(report[str(at(root, 1))]) == ["helios.json"]
+    assert run("verify", at(root, 3)).exit_code == 0
+    assert run("verify", at(root, 2)).exit_code == 1
+
+
+def test_verify_of_a_folder_without_any_is_an_error(tmp_path):
+    result = run("verify", tmp_path)
+    assert result.exit_code == 1
+    assert "there is no checkpoint" in result.output
+
+
+def test_diff_names_the_first_differences(root, tmp_path):
+    result = run("diff", at(root, 1), at(root, 1))
+    assert (result.exit_code, result.output) == (0, "the same, bit by bit\n")
+    result = run("diff", at(root, 1), at(root, 2))
+    assert result.exit_code == 1
+    assert "model['weight'][0][0]: " in result.output
+    assert "progress['current_iteration']: 1 / 2" in result.output
+    rows = json.loads(run("diff", at(root, 1), at(root, 2), "--json").output)
+    assert rows[0]["path"].startswith("model")
+    short = run("diff", at(root, 1), at(root, 2), "--most", 1).output
+    assert short.splitlines()[1:] == ["and more"]
+    options = {"train_unit": "iteration", "total_steps": 3, "chkpt_frequency": 1}
+    train(IdModel(), IndexData(), tmp_path / "again", **options)
+    assert run("diff", at(root, 1), at(tmp_path / "again", 1)).exit_code == 0
+
+
+def test_diff_with_a_damaged_one_is_an_error(root):
+    damage(root, 2)
+    result = run("diff", at(root, 1), at(root, 2))
+    assert result.exit_code == 2
+    assert "it is altered" in result.output
+
+
+def test_prune_deletes_the_older_ones(root):
+    result = run("prune", root, "--keep-last", 2, "--dry-run")
+    assert result.output == f"would delete {at(root, 1)}\n"
+    assert len(CheckpointStore(root / "ids").list()) == 3
+    result = run("prune", root, "--keep-last", 2)
+    assert result.output == f"deleted {at(root, 1)}\n"
+    assert CheckpointStore(root / "ids").list() == [at(root, 3), at(root, 2)]
+    assert run("prune", root).exit_code == 2
+    assert run("prune", root, "--keep-last", 0).exit_code == 2
+
+
+def test_export_writes_the_weights_in_one_file(root, tmp_path):
+    out = tmp_path / "weights.safetensors"
+    assert run("export", at(root, 3), out).exit_code == 0
+    net = torch.nn.Linear(1, 1)
+    net.load_state_dict(load_file(out))
+    assert load_file(at(root, 3) / "model.safetensors")["weight"].equal(net.weight)
+    again = run("export", at(root, 2), out)
+    assert again.exit_code == 1
+    assert "exists" in again.output
+    damage(root, 1)
+    broken = run("export", at(root, 1), tmp_path / "other.safetensors")
+    assert broken.exit_code == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"root", out.name}
