@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import enum
+import types
 from collections import deque
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -12,11 +14,11 @@ import torch
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 CONTAINERS = (Mapping, list, tuple, deque)
-_DEPTH = 100  # of containers in containers that are compared
+_LEAVES = (type, types.ModuleType, types.FunctionType, enum.Enum)
 
 
 def differences(
-    first: Any, second: Any, path: str, depth: int = 0
+    first: Any, second: Any, path: str, above: frozenset[int] = frozenset()
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield the paths at which two values differ, and what is there in each.
 
@@ -32,17 +34,20 @@ def differences(
             return
         one, two = array_of(first), array_of(second)
         if one.dtype == object:
-            found = differences(one.tolist(), two.tolist(), path, depth)
+            found = differences(one.tolist(), two.tolist(), path, above)
             yield from islice(found, 1)
         elif one.size and (differs := (_bytes(one) != _bytes(two)).any(axis=1)).any():
             at = np.unravel_index(int(differs.argmax()), one.shape)
             where = path + "".join(f"[{index}]" for index in at)
             yield where, one[at].item(), two[at].item()
     elif (members := members_of(first)) is not None:
+        if id(first) in above:
+            return
+        above |= {id(first)}
         others = members_of(second) or {}
-        for key in {**members, **others} if depth < _DEPTH else {}:
+        for key in {**members, **others}:
             pair = members.get(key, "nothing"), others.get(key, "nothing")
-            yield from differences(*pair, path + key, depth + 1)
+            yield from differences(*pair, path + key, above)
     elif not _is_same(first, second):
         yield here
 
@@ -54,6 +59,8 @@ def members_of(value: Any, most: int | None = None) -> dict[str, Any] | None:
     if isinstance(value, CONTAINERS):
         return {f"[{i}]": member for i, member in enumerate(islice(value, most))}
     kind: Any = type(value)
+    if isinstance(value, _LEAVES):
+        return None
     if kind.__eq__ is object.__eq__ or dataclasses.is_dataclass(value):
         names = [*getattr(value, "__dict__", ()), *getattr(value, "__slots__", ())]
         return {f".{name}": getattr(value, name, None) for name in names}
