@@ -147,11 +147,14 @@ class Saver:
         Returns when the live tensors have been copied; the rest is written behind. A
         checkpoint that cannot be written is reported, and training goes on.
         """
-        if self._position() == self._saved_at:
-            return
-        self.finish()
+        if self.has_failed():
+            self.finish()
         session = self._session
         engine, model, own = session.engine, session._model, session._own
+        # Only the main rank knows whether the last write has failed.
+        if not engine.agree(self._position() != self._saved_at):
+            return
+        self.finish()
         encoder, trees = session._encode()
         state = session.state
         at = f"epoch_{state.global_epoch}_iter_{state.current_iteration}"
@@ -212,8 +215,9 @@ class Saver:
     def _commit(self, folder: Path, name: str, record: dict[str, Any]) -> None:
         best, others = self._options.keep_best, self.store.records()
         if best is not None:
-            records = {self.store.root / name: record, **others}
-            record["is_best"] = self.store.root / name in best.best(records)[:1]
+            final = self.store.root / name
+            others.pop(final, None)  # it is replaced
+            record["is_best"] = final in best.best({final: record, **others})[:1]
         path = self.store.commit(folder, name, record)
         self._prune(path)
         try:

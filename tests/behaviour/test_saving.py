@@ -194,6 +194,16 @@ def test_best_one_stays_over_a_resume(tmp_path):
     assert steps(tmp_path) == [2, 8]
 
 
+def test_replaced_checkpoint_does_not_count(tmp_path):
+    best = helios.KeepBest("accuracy")
+    scored(tmp_path, [0.5, 0.9], best, total_steps=2)
+    scored(tmp_path, [0.5, 0.4], best, total_steps=2, resume="never")
+    records = CheckpointStore(tmp_path / "ids").records().values()
+    marks = {r["progress"]["current_iteration"]: r["is_best"] for r in records}
+    # The first was not the best while the old second one, of 0.9, was there.
+    assert marks == {1: False, 2: False}
+
+
 def test_value_of_another_step_does_not_count(tmp_path):
     scores = [0.9, 0.1]
     scored(tmp_path, scores, helios.KeepBest("accuracy"), valid_frequency=4)

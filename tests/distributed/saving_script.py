@@ -1,0 +1,39 @@
+"""Run by test_saving_on_ranks.py on each rank: the first write fails, then it stops."""
+
+import json
+import os
+import pathlib
+import sys
+
+import torch
+from support import IdModel, IndexData, StopAt, train
+
+from helios.checkpoint import CheckpointStore
+
+torch.set_num_threads(1)
+folder, rank = pathlib.Path(sys.argv[1]), int(os.environ["RANK"])
+commit, calls = CheckpointStore.commit, []
+
+
+def failing_once(self, *args):
+    calls.append(args)
+    if len(calls) == 1:
+        raise OSError(28, "No space left on device")
+    return commit(self, *args)
+
+
+CheckpointStore.commit = failing_once
+is_finished, _ = train(
+    IdModel(),
+    IndexData(),
+    folder / "checkpoints",
+    StopAt(batch=2),
+    train_unit="iteration",
+    total_steps=6,
+    chkpt_frequency=2,
+    async_save=False,
+)
+report = {"is_finished": is_finished, "writes": len(calls)}
+(folder / f"rank_{rank}.json").write_text(json.dumps(report))
+torch.distributed.barrier()  # torch 2.13 may abort where one leaves early
+torch.distributed.destroy_process_group()
