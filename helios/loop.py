@@ -56,6 +56,7 @@ class Run:
         self._open_train_loader()
         self._valid = valid = loader_of(datamodule.valid_dataloader(), "validation")
         session.valid_batches = None if valid is None else valid.batches_per_epoch
+        session.reading["streams"] = datamodule.streams()
         self._feed: Feed | None = None
         self._may_differ = False
         # Where a copy can run beside the step, and where a rank that cannot read its
@@ -155,6 +156,13 @@ class Run:
             )
         feed = Feed(train, session.engine.place)
         self._may_differ = may_differ(session.engine, train, feed)
+        if self._may_differ and self.state.dataset_iter == 0:
+            is_empty = not feed.peek() and feed.error is None
+            if session.engine.agree(is_empty):
+                raise DataError(
+                    "a rank has no samples to train on: the data set has fewer "
+                    "shards, or samples, than there are ranks"
+                )
         return feed
 
     def _batches(self, feed: Feed) -> Iterator[Loaded]:
@@ -162,7 +170,8 @@ class Run:
 
         What reading raises is raised with all that came before it finished and saved.
         """
-        if self._reads_ahead:
+        # A stream that was saved at its end has not told yet how that came.
+        if self._reads_ahead or self.state.epoch_stage == EpochStage.COMPLETE:
             feed.peek()
             self._raise_unread()
         while self.state.epoch_stage != EpochStage.COMPLETE and feed.peek():
@@ -236,6 +245,7 @@ class Run:
         if self._asks_to_stop and is_asked and self.model.should_training_stop():
             self.session.request_stop("the model asks to stop")
         is_unread = self._feed is not None and self._feed.error is not None
+        is_unread = is_unread and not self._is_over()
         return self.session.stop_reason is not None or is_unread
 
     def _save(self) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from helios.data.loader import ResumableDataLoader, create_dataloader
-from helios.data.packages import is_stream
+from helios.data.packages import has_state, is_of_datasets, is_stream
 from helios.data.params import DataLoaderParams
 from helios.data.samplers import ResumableSampler
 from helios.errors import DataError
@@ -161,6 +161,15 @@ class DataModule(abc.ABC):
     def identities(self) -> dict[str, dict[str, Any]]:
         """What to compare at a resume, by what a difference costs."""
         phases = list(enumerate(self._phases()))
+        used = [p.dataset for _, p in phases]
+        used += [] if self._valid_dataset is None else [self._valid_dataset.dataset]
+        streams = [d for d in used if is_stream(d) and has_state(d)]
+        streams = [d for d in streams if not is_of_datasets(d)]  # begun anew each time
+        if len({id(stream) for stream in streams}) < len(streams):
+            raise DataError(
+                "an iterable data set with a `state_dict` is used twice, and the one "
+                "use would change the other's state; make one for each"
+            )
         marks = {f"phase {i}": _mark(phase.dataset) for i, phase in phases}
         workers = {
             f"`num_workers` of phase {i}": p.params.num_workers for i, p in phases

@@ -87,6 +87,9 @@ class SeededDataset(data.Dataset[Any]):
 
     def _fetch(self, batch: KeyedBatch) -> Any:
         indices, items = listed(batch.indices), []
+        if not indices:
+            where = f"epoch {batch.epoch}, batch {batch.number}"
+            raise DataError(f"the batch sampler gave a batch without samples ({where})")
         first = number_of(indices[0])
         try:
             if self._fetches_batches:

@@ -42,6 +42,12 @@ class ReplayedSampler(ResumableSampler):
         self.expected: int | None = None
         self.is_sharded = any(hasattr(p, "num_replicas") for p in _parts(sampler))
 
+    def set_epoch(self, epoch: int) -> None:
+        super().set_epoch(epoch)
+        for part in _parts(self.sampler):  # its length may depend on it
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(epoch)
+
     def order(self, epoch: int, start: int) -> Iterator[Any]:
         key = rng.derive_key(self.seed, epoch)
         items = draw_apart(lambda: self._replay(epoch, key), key)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from support import AugmentedDataset, Case, StopAt, digest
 from support.data import random_collate
 from support.kinds import (
@@ -10,6 +11,7 @@ from support.kinds import (
     WEIGHTS,
     KindData,
     KindModel,
+    ShardedStream,
     StatefulStream,
     Stream,
 )
@@ -130,6 +132,119 @@ def test_run_whose_data_failed_goes_on_at_the_same_batch(tmp_path, position):
     assert is_finished
     assert model.ids == whole.ids[position // 4 :]
     assert digest(model.state_dict()) == digest(whole.state_dict())
+
+
+class CountingStream(Stream):
+    """Shuffles by a count of epochs that it keeps in its state."""
+
+    def __init__(self, length):
+        super().__init__(length)
+        self.count, self.position = 0, 0
+
+    def __iter__(self):
+        self.epoch = self.count
+        order = self.order()
+        while self.position < len(order):
+            self.position += 1
+            yield self.source[order[self.position - 1]]
+        self.count, self.position = self.count + 1, 0
+
+    def state_dict(self):
+        return {"count": self.count, "position": self.position}
+
+    def load_state_dict(self, state):
+        self.count, self.position = state["count"], state["position"]
+
+
+@pytest.mark.parametrize(
+    ("length", "params"), [(16, {}), (17, {}), (18, {"drop_last": True})]
+)
+@pytest.mark.parametrize("accumulation_steps", [1, 3])
+def test_stream_that_ends_with_a_batch_goes_on_as_its_state_says(
+    tmp_path, length, params, accumulation_steps
+):
+    options = {**OPTIONS, "accumulation_steps": accumulation_steps}
+    case = Case(
+        KindModel, lambda: KindData(lambda: CountingStream(length), **params), **options
+    )
+    case.check(tmp_path)
+
+
+class Changing:
+    """A sampler of the user's whose epochs have several lengths."""
+
+    yields_batches = True
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return (3, 5, 2, 4)[self.epoch % 4]
+
+    def __iter__(self):
+        for _ in range(len(self)):
+            yield torch.randperm(LENGTH)[:3].tolist()
+
+
+def test_sampler_whose_length_changes_is_read_to_its_end_in_each_epoch(tmp_path):
+    def make():
+        return AugmentedDataset(LENGTH), {"sampler": Changing()}
+
+    case = Case(KindModel, lambda: KindData(make), **OPTIONS)
+    assert len(case.run(tmp_path / "alone", StopAt())[1].ids) == 14
+    case.check(tmp_path)
+
+
+class ValidShards(helios.DataModule):
+    """Validates on a stream that its workers share."""
+
+    def __init__(self, workers):
+        super().__init__()
+        self.workers = workers
+
+    def setup(self):
+        self._add_train_phase(AugmentedDataset(8), {"batch_size": 4})
+        params = {"batch_size": 4, "num_workers": self.workers}
+        self._add_valid_dataset(ShardedStream(17), params)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_validation_of_shards_is_the_same_with_other_workers(tmp_path, workers):
+    options = {"total_steps": 3, "valid_frequency": 1}
+    _, _, recorder = Case(KindModel, lambda: ValidShards(2), **options).run(
+        tmp_path / "whole"
+    )
+    logged = []
+    for count, stop in (2, 3), (workers, None):
+        case = Case(KindModel, lambda count=count: ValidShards(count), **options)
+        logged += case.run(tmp_path / "parts", StopAt(batch=stop))[2].logged
+    assert logged == recorder.logged
+
+
+def test_stream_with_a_state_that_is_used_twice_is_refused(tmp_path):
+    stream = StatefulStream()
+
+    class Twice(helios.DataModule):
+        def setup(self):
+            self._add_train_phase(stream, {"batch_size": 4})
+            self._add_valid_dataset(stream, {"batch_size": 4})
+
+    with pytest.raises(helios.HeliosError, match="is used twice"):
+        Case(KindModel, Twice, **OPTIONS).run(tmp_path)
+
+
+def test_run_does_not_fail_for_a_batch_that_it_does_not_need(tmp_path):
+    class Ending(Stream):
+        def __iter__(self):
+            yield from (self.source[index] for index in range(8))
+            raise OSError("unreadable")
+
+    options = {"train_unit": "iteration", "total_steps": 2}
+    case = Case(KindModel, lambda: KindData(Ending), **options)
+    assert case.run(tmp_path)[0]
 
 
 def test_data_set_of_another_length_is_refused_at_a_resume(tmp_path):

@@ -123,6 +123,10 @@ if spec.get("breaks"):
     broken = train_on(lambda: Broken(LENGTH), root, [None], size)
     mended = train_on(lambda: AugmentedDataset(LENGTH), root, [None], size)
     report["broken"] = {"broken": broken, "mended": mended}
+if spec.get("breaks"):
+    # Of one sample: the second rank has none.
+    root = folder / "checkpoints" / name / "empty"
+    report["empty"] = train_on(lambda: ShardedStream(1), root, [None], 4)
 if spec.get("evaluates"):
     report["evaluated"] = evaluate()
 (folder / f"{name}_{RANK}.json").write_text(json.dumps(report))

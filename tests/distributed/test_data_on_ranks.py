@@ -113,6 +113,11 @@ def test_run_whose_data_failed_on_one_rank_goes_on_at_the_same_batch(whole):
         assert len(report["broken"]["ids"]) == 1
 
 
+def test_rank_without_anything_to_train_on_is_an_error_on_all(whole):
+    for report in whole:
+        assert "a rank has no samples to train on" in report["empty"]["error"]
+
+
 @pytest.mark.parametrize(
     ("data", "count"),
     [("map", 7), ("small", 1), ("batches", 7), ("stream", 6), ("shards", 7)],
