@@ -26,7 +26,7 @@ from torch.utils.data._utils import worker as torch_worker
 from helios.data.fetching import shape_of
 from helios.data.packages import (
     computes_ahead,
-    drawn_so_far,
+    has_drawn,
     has_state,
     initial_states,
     is_of_datasets,
@@ -338,7 +338,6 @@ class _Stream:
             return _END
         position = self._part.position
         self._seed(position)
-        before = drawn_so_far() if self._is_watched else None
         torch_worker._worker_info = self._info  # type: ignore[assignment]
         try:
             item = next(self._iterator)
@@ -357,7 +356,7 @@ class _Stream:
                 f"Helios: in sample {position} of {name} (epoch {self._epoch})"
             )
             raise
-        if before is not None and before != drawn_so_far():
+        if self._is_watched and has_drawn(lambda: self._seed(position)):
             self._is_watched, self._is_replayed = False, True
         self._learn_kind()
         self._part = self._part._replace(position=position + 1)

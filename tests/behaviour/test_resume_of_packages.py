@@ -454,11 +454,33 @@ def test_pipelines_read_by_workers_go_on_in_the_main_process(name):
     assert not any(check(CONTINUED[name], num_workers=2))
 
 
-def test_epochs_are_shuffled_anew():
-    loader = make(numbers().shuffle(seed=1, buffer_size=LENGTH))
+def shuffled_nodes():
+    from torchdata import nodes
+
+    indices = nodes.SamplerWrapper(data.RandomSampler(range(LENGTH)))
+    return nodes.Loader(nodes.Mapper(indices, lambda i: {"i": i}))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    "kind",
+    [lambda: numbers().shuffle(seed=1, buffer_size=LENGTH), shuffled_nodes],
+    ids=["datasets", "nodes"],
+)
+def test_epochs_are_shuffled_anew(kind, num_workers):
+    loader = make(kind(), num_workers=num_workers)
     orders = [[row["i"] for b in loader.fetch() for row in b.data[0]] for _ in range(3)]
     assert all(sorted(order) == list(range(LENGTH)) for order in orders)
     assert len(set(map(tuple, orders))) == 3
+
+
+def test_workers_do_not_share_the_number_of_the_epoch():
+    # They would set it at the same time, and add to it what it lacks.
+    rows = numbers()
+    loader = make(rows, num_workers=2)
+    loader.seek(3)
+    list(loader.fetch())
+    assert rows.epoch == 0
 
 
 def test_look_into_a_stream_before_training_takes_no_sample():
@@ -510,11 +532,12 @@ def test_stream_that_the_user_split_by_node_is_not_split_again(shards, workers):
     assert contents(again) == [batch[:-1] for batch in batches[2:]]
 
 
-def test_shards_go_to_more_ranks_at_the_start_of_an_epoch():
+@pytest.mark.parametrize("ranks", [3, 4])  # which four shards cannot, and can go to
+def test_shards_go_to_more_ranks_at_the_start_of_an_epoch(ranks):
     loader = make(numbers(), num_workers=0, streams=2)
     list(loader.fetch())
     cursor = stored(loader.plan.next_epoch())
-    loaders = [make(numbers(), rank=rank, world_size=4) for rank in range(4)]
+    loaders = [make(numbers(), rank=rank, world_size=ranks) for rank in range(ranks)]
     for found in loaders:
         found.seek(1, 0, cursor)
     assert sorted(indices(loaders)) == list(range(LENGTH))
