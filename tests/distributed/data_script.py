@@ -131,5 +131,5 @@ if spec.get("evaluates"):
     report["evaluated"] = evaluate()
 (folder / f"{name}_{RANK}.json").write_text(json.dumps(report))
 if torch.distributed.is_initialized():
-    torch.distributed.barrier()  # torch 2.13 may abort where one leaves early
+    torch.distributed.barrier()  # ranks leave together
     torch.distributed.destroy_process_group()

@@ -65,5 +65,5 @@ report = {
     "refusal": refusal,
 }
 (folder / f"rank_{rank}.json").write_text(json.dumps(report))
-torch.distributed.barrier()  # torch 2.13 may abort where one leaves early
+torch.distributed.barrier()  # ranks leave together
 torch.distributed.destroy_process_group()
