@@ -22,8 +22,8 @@ Place: TypeAlias = tuple[str | int, ...]  # the keys on the way to a value
 _MAX_DEPTH = 100
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _TENSORS = (Tensor, torch.nn.Parameter)
-# The dtypes are those that safetensors both writes and reads; others go as bytes.
-_NUMBERS = r"bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_e[45]\w+|complex64"
+# The dtypes are those that every allowed safetensors reads; others go as bytes.
+_NUMBERS = r"bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_e(4m3fn|5m2)"
 _KNOWN = re.compile(rf"torch\.({_NUMBERS})")
 
 

@@ -82,17 +82,14 @@ class Checkpoint:
     def tree(self, group: str, *, own: bool = False) -> Any:
         """Decode one group.
 
-        `own`: with tensors in memory of their own, but for those of "model", which
-        whoever loads weights copies anyway. Else with those of `tensors` themselves.
+        `own`: with tensors in memory of their own. Else with those of `tensors`, which
+        are of use as long as nobody truncates the files.
         """
         if group not in self.record["trees"]:
             raise CheckpointError(f"{self.path} has no {group!r}")
         tensors: Mapping[str, Mapping[str, Tensor]] = self.tensors
         if own:
-            tensors = {
-                name: _Cloned(found) if name != "model" else found
-                for name, found in self.tensors.items()
-            }
+            tensors = {name: _Cloned(found) for name, found in self.tensors.items()}
         return decode(self.record["trees"][group], tensors)
 
 

@@ -35,10 +35,7 @@ _NAMES = {
     torch.float32: "F32",
     torch.float64: "F64",
     torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.complex64: "C64",
 }
 
 

@@ -185,12 +185,19 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
 @click.option("--keep-last", type=click.IntRange(1), required=True)
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
 def prune(root: Path, keep_last: int, dry_run: bool) -> None:
-    """Delete all but the newest checkpoints of each folder."""
-    from helios.checkpoint import CheckpointStore
+    """Delete what is older than the newest whole checkpoints of each folder.
 
-    for folder in (root, *sorted(root.glob("[!.]*/"))):
-        store = CheckpointStore(folder)
-        for path in store.list()[keep_last:]:
+    Damaged ones don't count, and stay if they are newer.
+    """
+    from helios.checkpoint import CheckpointStore, find_damage
+
+    folders = [root, *sorted(root.glob("[!.]*/"))]
+    for folder in [f for f in folders if f is root or not f.is_symlink()]:
+        store, whole = CheckpointStore(folder), 0
+        for path in store.list():
+            if whole < keep_last:
+                whole += not find_damage(path)
+                continue
             click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
             if not dry_run:
                 store.remove(path)

@@ -131,6 +131,16 @@ def test_prune_deletes_the_older_ones(root):
     assert run("prune", root, "--keep-last", 0).exit_code == 2
 
 
+def test_prune_never_deletes_the_only_whole_one(root):
+    damage(root, 3)
+    damage(root, 2)
+    (root / "latest").symlink_to(root / "ids")
+    assert run("prune", root, "--keep-last", 1).output == ""
+    damage(root, 2)  # mended: the same bit once more
+    result = run("prune", root, "--keep-last", 1)
+    assert result.output == f"deleted {at(root, 1)}\n"
+
+
 def test_export_writes_the_weights_in_one_file(root, tmp_path):
     out = tmp_path / "weights.safetensors"
     assert run("export", at(root, 3), out).exit_code == 0

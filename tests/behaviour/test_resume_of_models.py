@@ -1,10 +1,12 @@
 """Models of many kinds, stopped after any batch, go on to the same bits."""
 
+import gc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support import RandomData, StopAt, digest, train
+from support import IdModel, IndexData, RandomData, StopAt, digest, train
 from torch import nn
 
 import helios
@@ -183,6 +185,33 @@ def test_error_of_a_checkpoint_hook_is_raised_as_it_is(tmp_path, capsys):
     with pytest.raises(KeyError, match="the user's"):
         train(Base(), RandomData(), tmp_path, Broken(), **OPTIONS)
     assert "COULD NOT BE WRITTEN" not in capsys.readouterr().err
+
+
+def test_nothing_of_a_resumed_run_lies_in_the_files_of_its_checkpoint(tmp_path):
+    class Keeping(IdModel):
+        best = None
+
+        def user_state_dict(self):
+            # Tensors of the networks: they have their place among the weights.
+            return {"best": dict(self.net.state_dict())}
+
+        def load_user_state_dict(self, state, for_inference):
+            self.best = state["best"]
+
+    options = {"train_unit": "iteration", "total_steps": 6}
+    train(Keeping(), IndexData(), tmp_path, StopAt(batch=3), **options)
+    model = Keeping()
+
+    class Looking(helios.Callback):
+        def on_training_end(self, session):
+            gc.collect()
+            maps = Path("/proc/self/maps").read_text().splitlines()
+            self.mapped = [line for line in maps if str(tmp_path) in line]
+
+    looking = Looking()
+    train(model, IndexData(), tmp_path, looking, **options)
+    assert model.best["weight"].shape == (1, 1)
+    assert looking.mapped == []
 
 
 def test_second_fit_begins_with_empty_running_losses(tmp_path):
