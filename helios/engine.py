@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -222,7 +222,18 @@ class Engine:
         Tensors, in any nest of lists, tuples and dicts, are cut where their first
         dimension is the batch's, and otherwise gathered whole. A list of anything else
         has an item a row. Every rank must call.
+
+        Raises:
+            TypeError: it is neither.
         """
+        others = _kinds_beside_tensors(values)
+        if others and not isinstance(values, list | tuple):
+            # Accelerate would gather the keys of a dict, without a word.
+            raise TypeError(
+                "`gather_for_metrics` takes tensors, alone or in lists, tuples and "
+                "dicts, or a list with an item a row of anything else, got "
+                f"{type(values).__name__} with {', '.join(sorted(others))}"
+            )
         if self.world_size == 1:
             return values
         if self.rows is None or self.rows[2]:
@@ -240,9 +251,7 @@ class Engine:
             parts = self.accelerator.gather(padded).split(len(padded))
             return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)])
 
-        try:
-            recursively_apply(lambda tensor: tensor, values, error_on_other_type=True)
-        except TypeError:
+        if others:
             return gather_object(list(values)[:real])
         return recursively_apply(gather, values)
 
@@ -289,6 +298,16 @@ class Engine:
         self.accelerator.sync_gradients = True
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def _kinds_beside_tensors(values: Any) -> set[str]:
+    """The types of what is no tensor in a nest of lists, tuples and dicts."""
+    if isinstance(values, torch.Tensor):
+        return set()
+    if not isinstance(values, list | tuple | Mapping):
+        return {type(values).__name__}
+    inner = values.values() if isinstance(values, Mapping) else values
+    return set().union(*map(_kinds_beside_tensors, inner))
 
 
 def inner_optimizer(optimizer: Any) -> Any:

@@ -131,7 +131,8 @@ class Run:
                 raise DataError(f"the training loader yielded nothing in epoch {epoch}")
             state.global_epoch += 1
             state.dataset_iter, state.epoch_stage = 0, EpochStage.CLOSED
-            session.reading["cursor"] = self._train.plan.next_epoch()
+            cursor = session.reading.get("cursor")
+            session.reading["cursor"] = self._train.plan.next_epoch(cursor)
             if self.schedule.print_frequency is None:
                 session.flush()
             session.keep(None)
@@ -269,10 +270,7 @@ class Run:
         return self.schedule.is_over(self.state) and not is_complete
 
     def _open_train_loader(self) -> None:
-        found = loader_of(self.datamodule.train_dataloader(), "training")
-        if found is None:
-            raise DataError("no training data: call `self._add_train_phase` in `setup`")
-        self._train = found
+        self._train = self.datamodule._open_train_loader()
         self.session.batches_per_epoch = self._train.batches_per_epoch
         self.session.reading["streams"] = self.datamodule.streams()
 

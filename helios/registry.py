@@ -48,6 +48,9 @@ class Registry:
     def keys(self) -> KeysView[str]:
         return self._objects.keys()
 
+    def __getitem__(self, name: str) -> Any:
+        return self.get(name)
+
     def __contains__(self, name: object) -> bool:
         return name in self._objects
 

@@ -45,6 +45,7 @@ LAYERS = {
     "data.seeding": 1,
     "data.gathering": 1,
     "data.fetching": 1,
+    "data.deaths": 1,
     "data.packages": 1,
     "data.streams": 1,
     "data.requests": 1,

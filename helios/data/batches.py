@@ -67,21 +67,24 @@ class Plan(Sampler[Any], abc.ABC):
         """Make batches of the pairs of a request and its answer."""
 
     @property
-    @abc.abstractmethod
     def batches_per_epoch(self) -> int | None:
         """Batches of an epoch on this rank; None where only reading can tell."""
+        return None
 
     @property
-    @abc.abstractmethod
     def num_samples(self) -> int | None:
         """Samples of an epoch on all ranks, padding not counted; None as above."""
+        return None
 
     @abc.abstractmethod
     def describe(self, request: Any) -> str:
         """What a request is for, in words."""
 
-    def next_epoch(self) -> Any:
-        """The cursor with which the next epoch begins, once this one is at its end."""
+    def next_epoch(self, cursor: Any = None) -> Any:
+        """The cursor with which the next epoch begins, at the end of this one.
+
+        `cursor` is that of the last batch, after which other ranks had no more.
+        """
         return None
 
     def replayed(self) -> tuple[int, float]:
@@ -90,19 +93,26 @@ class Plan(Sampler[Any], abc.ABC):
 
 
 class RankBatches(Plan):
-    """The batches of one rank; `epoch` and `start_iter` of the sampler: the cursor."""
+    """The batches of one rank; `epoch` and `start_iter` of the sampler: the cursor.
+
+    The order of a sampler that `is_sharded` is cut into batches of this rank only.
+    """
 
     def __init__(
         self,
         sampler: ResumableSampler,
         *,
+        batch_size: int = 1,  # of each rank, in what the sampler yields
         drop_last: bool,
         seed: int,
-        rank: int,
-        world_size: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.sampler, self.drop_last, self.seed = sampler, drop_last, seed
-        self.rank, self.world_size = rank, world_size
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self._parts = 1 if sampler.is_sharded else world_size
+        self._part = 0 if sampler.is_sharded else rank
+        sampler.batch_size = batch_size * self._parts
         self._taken: int | None = None
 
     def seek(self, epoch: int, batch: int = 0, cursor: int | None = None) -> None:
@@ -138,8 +148,9 @@ class RankBatches(Plan):
     def cut(self, epoch: int, first: int) -> Iterator[tuple[Any, int, bool]]:
         """Yield indices, `real` and `is_full` of an epoch's batches from `first` on."""
 
-    @abc.abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.sampler), self.sampler.batch_size)
+        return full + (rest > 0 and not self.drop_last)
 
     @property
     def batches_per_epoch(self) -> int | None:
@@ -157,6 +168,20 @@ class RankBatches(Plan):
             return chain(items, order)
         return draw_apart(lambda: sampler.order(epoch, start), key)
 
+    def _walked(self, epoch: int, first: int) -> Iterator[tuple[Any, int, bool]]:
+        """Walk along the order, and take this rank's part of each batch."""
+        whole = self.sampler.batch_size
+        order = self._order(epoch, first, first * whole)
+        while batch := list(islice(order, whole)):
+            if (count := len(batch)) < whole and self.drop_last:
+                return
+            share = -(-count // self._parts)
+            if missing := share * self._parts - count:
+                batch += islice(cycle(self._order(epoch, 0, 0)), missing)
+            start = self._part * share
+            real = min(max(count - start, 0), share)
+            yield batch[start : start + share], real, not missing
+
 
 class SampleBatches(RankBatches):
     """Cuts an order of samples into batches.
@@ -164,25 +189,7 @@ class SampleBatches(RankBatches):
     Global batch b is the positions [b*W*B, (b+1)*W*B) for W ranks of batch size B, and
     rank r has its r-th part. A short last batch of R samples is left out (`drop_last`),
     or each rank has ceil(R/W) of them, the missing ones from the start of the epoch.
-    The order of a sampler that `is_sharded` is cut into batches of this rank only.
     """
-
-    def __init__(
-        self,
-        sampler: ResumableSampler,
-        *,
-        batch_size: int,  # of each rank
-        drop_last: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        ranks = {"rank": rank, "world_size": world_size}
-        super().__init__(sampler, drop_last=drop_last, seed=seed, **ranks)
-        self.batch_size = batch_size
-        self._parts = 1 if sampler.is_sharded else world_size
-        self._part = 0 if sampler.is_sharded else rank
-        sampler.batch_size = batch_size * self._parts
 
     def cut(self, epoch: int, first: int) -> Iterator[tuple[Any, int, bool]]:
         is_computed = self.sampler.overridden() == "at"
@@ -216,24 +223,6 @@ class SampleBatches(RankBatches):
             real = int((tail < rest).sum())
             yield sampler.at(epoch, positions), real, share * self._parts == rest
 
-    def _walked(self, epoch: int, first: int) -> Iterator[tuple[Any, int, bool]]:
-        """Walk along the order, and take this rank's part of each batch."""
-        whole = self.sampler.batch_size
-        order = self._order(epoch, first, first * whole)
-        while batch := list(islice(order, whole)):
-            if (count := len(batch)) < whole and self.drop_last:
-                return
-            share = -(-count // self._parts)
-            if missing := share * self._parts - count:
-                batch += islice(cycle(self._order(epoch, 0, 0)), missing)
-            start = self._part * share
-            real = min(max(count - start, 0), share)
-            yield batch[start : start + share], real, not missing
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.sampler), self.sampler.batch_size)
-        return full + (rest > 0 and not self.drop_last)
-
     @property
     def num_samples(self) -> int | None:
         sampler, ranks = self.sampler, self.world_size
@@ -250,42 +239,10 @@ class GivenBatches(RankBatches):
     What is missing at the end is left out (`drop_last`), or taken from the start.
     """
 
-    def __init__(
-        self,
-        sampler: ResumableSampler,
-        *,
-        drop_last: bool,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        ranks = {"rank": rank, "world_size": world_size}
-        super().__init__(sampler, drop_last=drop_last, seed=seed, **ranks)
-        self.batch_size = None  # as the sampler says
-        self._parts = 1 if sampler.is_sharded else world_size
-        self._part = 0 if sampler.is_sharded else rank
-        sampler.batch_size = self._parts
-
     def cut(self, epoch: int, first: int) -> Iterator[tuple[Any, int, bool]]:
-        parts = self._parts
-        order = self._order(epoch, first, first * parts)
-        while group := list(islice(order, parts)):
-            if missing := parts - len(group):
-                if self.drop_last:
-                    return
-                group += islice(cycle(self._order(epoch, 0, 0)), missing)
-            batch = list(group[self._part])
-            is_real = self._part < parts - missing
+        for (batch,), is_real, _ in self._walked(epoch, first):
             # Other ranks' batches may have another size.
-            yield batch, len(batch) * is_real, self.world_size == 1
-
-    def __len__(self) -> int:
-        full, rest = divmod(len(self.sampler), self._parts)
-        return full + (rest > 0 and not self.drop_last)
-
-    @property
-    def num_samples(self) -> int | None:
-        return None
+            yield list(batch), len(batch) * is_real, self.world_size == 1
 
 
 def listed(indices: Any) -> list[Any]:

@@ -85,6 +85,7 @@ class DataModule(abc.ABC):
         self._valid_dataset: Dataset | None = None
         self._test_dataset: Dataset | None = None
         self._phase = 0
+        self._running_loader: ResumableDataLoader | None = None
         # In how many streams each iterable data set is read; see `streams`.
         self._streams: dict[str, int] = {}
 
@@ -132,10 +133,11 @@ class DataModule(abc.ABC):
 
     def get_train_steps_per_epoch(self) -> int:
         """Steps (optimizer updates) an epoch of the current training phase."""
-        found = self.train_dataloader()
-        if found is None:
+        # A second loader would begin a user's sampler anew.
+        loader = self._running_loader or loader_of(self.train_dataloader(), "training")
+        if loader is None:
             raise DataError("there are no training data")
-        batches = found[0].batches_per_epoch
+        batches = loader.batches_per_epoch
         if batches is None:
             raise DataError(
                 "how many steps an epoch of an iterable data set has is not known "
@@ -149,6 +151,7 @@ class DataModule(abc.ABC):
         if self._phase + 1 >= len(self._train_phases):
             return False
         self._phase += 1
+        self._running_loader = None
         return True
 
     def state_dict(self) -> dict[str, Any]:
@@ -183,15 +186,17 @@ class DataModule(abc.ABC):
     def identity(self) -> dict[str, Any]:
         """What the order of the training samples depends on."""
         facts: dict[str, Any] = {}
+        if type(self).train_dataloader is not DataModule.train_dataloader:
+            loader = loader_of(self.train_dataloader(), "training")
+            if loader is not None:
+                # Nobody keeps the number of its streams for it.
+                own = {**loader.identity, "streams": loader.plan.streams}
+                facts = {f"{name} of `train_dataloader`": v for name, v in own.items()}
+            return facts
         for i, phase in enumerate(self._phases()):
             found = self._loader(phase, _TRAIN, i)
             assert found is not None
-            loader, sampler = found
-            batch = phase.params.batch_size * self._ranks()["world_size"]
-            own = {"sampler": "a stream"} if sampler is None else sampler.identity()
-            own |= {"samples": loader.num_samples, "global batch": batch}
-            own |= {"drop_last": phase.params.drop_last}
-            own |= {"seed": self._seed(phase, _TRAIN, i)}
+            own = found[0].identity
             facts |= {f"{name} of phase {i}": value for name, value in own.items()}
         return facts
 
@@ -223,6 +228,13 @@ class DataModule(abc.ABC):
     def _add_test_dataset(self, dataset: Any, params: Params = None) -> None:
         """Set the data for tests."""
         self._test_dataset = self._create_dataset(dataset, params)
+
+    def _open_train_loader(self) -> ResumableDataLoader:
+        """The loader that the run is to use, of the current phase."""
+        self._running_loader = loader_of(self.train_dataloader(), "training")
+        if self._running_loader is None:
+            raise DataError("no training data: call `self._add_train_phase` in `setup`")
+        return self._running_loader
 
     def _begin(self, trainer: Trainer) -> None:
         """Forget an earlier run, for a new one by this trainer."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Callable, Mapping
+from multiprocessing import reduction
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
+from torch.multiprocessing import reductions
 from torch.utils import data
 
 from helios.data.batches import KeyedBatch, listed, shorten
@@ -26,6 +29,13 @@ def init_worker(worker_id: int) -> None:
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, IGNORED_SIGNALS)
+    # Torch sends a lazily conjugated or negated tensor as what it was before.
+    reduction.ForkingPickler.register(torch.Tensor, _reduce_resolved)
+
+
+def _reduce_resolved(tensor: torch.Tensor) -> Any:
+    resolved = tensor.resolve_conj().resolve_neg()
+    return reductions.reduce_tensor(resolved)  # type: ignore[no-untyped-call]
 
 
 def kill_workers(workers: list[Any]) -> None:

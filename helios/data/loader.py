@@ -6,17 +6,17 @@ import collections
 import contextlib
 import operator
 import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing import connection, resource_tracker, util
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.utils.data import DataLoader, Sampler
-from torch.utils.data._utils import signal_handling
 
 from helios.data import fetching, replay, samplers
 from helios.data.batches import GivenBatches, Loaded, Plan, RankBatches, SampleBatches
+from helios.data.deaths import deaths
 from helios.data.packages import is_stream, streams_of
 from helios.data.params import WORKER_SETTINGS, DataLoaderParams
 from helios.data.requests import StreamRequests
@@ -37,6 +37,8 @@ class ResumableDataLoader(DataLoader[Any]):
 
     def __init__(self, dataset: Any, plan: Plan, **options: Any) -> None:
         self.plan = plan
+        #: What the order of the samples depends on, as plain values.
+        self.identity: dict[str, Any] = {}
         self._asked = _Asked(plan)
         super().__init__(
             dataset,
@@ -62,7 +64,7 @@ class ResumableDataLoader(DataLoader[Any]):
         """
         # Made now, and not at the first batch: so are its workers.
         try:
-            with _children:
+            with deaths:
                 iterator = super().__iter__()
         except _SIGNS_OF_DEATH as error:
             self._check_workers(self._iterator, collections.deque(), error)
@@ -94,7 +96,7 @@ class ResumableDataLoader(DataLoader[Any]):
         """Put each result beside its request: they come in the same order."""
         while True:
             try:
-                with _children:
+                with deaths:
                     data = next(iterator)
             except StopIteration:
                 return
@@ -136,7 +138,7 @@ class ResumableDataLoader(DataLoader[Any]):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if workers := getattr(iterator, "_workers", []):
-            _children.watch()
+            deaths.watch()
             util.Finalize(iterator, fetching.kill_workers, (workers,), exitpriority=0)
         return iterator
 
@@ -161,60 +163,22 @@ class _Asked(Sampler[Any]):
         return len(self._requests)  # type: ignore[arg-type]  # the loader knows better
 
 
-class _Children:
-    """Keeps torch's report of a dead worker for the next fetch.
-
-    Its handler of SIGCHLD raises wherever the main thread is: in the middle of a step,
-    whose state could not be saved then.
-    """
-
-    def __init__(self) -> None:
-        self._report: Callable[..., Any] | None = None
-        self._is_fetching = self._is_pending = False
-
-    def watch(self) -> None:
-        """Take the place of the handler that torch installs with its first worker."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        handler: Any = signal.getsignal(signal.SIGCHLD)
-        # A user's is left alone: it may pass the signal on to this one.
-        if getattr(handler, "__module__", None) == signal_handling.__name__:
-            self._report = handler
-            signal.signal(signal.SIGCHLD, self._on_child)
-
-    def _on_child(self, number: int, frame: Any) -> None:
-        if self._is_fetching and self._report is not None:
-            self._report(number, frame)
-        else:
-            self._is_pending = True
-
-    def __enter__(self) -> None:
-        if self._is_pending and self._report is not None:
-            self._is_pending = False
-            self._report(signal.SIGCHLD, None)
-        self._is_fetching = True
-
-    def __exit__(self, *_: object) -> None:
-        self._is_fetching = False
-
-
-_children = _Children()
-
-
 def create_dataloader(
     dataset: Any,
     params: DataLoaderParams | Mapping[str, Any] | None = None,
     *,
     seed: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    rank: int | None = None,
+    world_size: int | None = None,
     streams: int | None = None,
     **overrides: Any,
 ) -> tuple[ResumableDataLoader, samplers.ResumableSampler | None]:
     """Make a data set's loader; `overrides` are parameters that count more.
 
-    `streams` is in how many an iterable data set is read on each rank, where that is
-    not for `num_workers` to say. The sampler is None for iterable data sets.
+    It has the samples of one rank: of this process, unless `rank` and `world_size` say
+    of which, and all of them with `is_distributed=False`. `streams` is in how many an
+    iterable data set is read on each rank, where that is not for `num_workers` to say.
+    The sampler is None for iterable data sets.
 
     Raises:
         DataError: it could yield nothing.
@@ -225,38 +189,71 @@ def create_dataloader(
     if params.random_seed is not None:
         seed = params.random_seed
     seed = get_default_seed() if seed is None else seed
-    rank, world_size = (0, 1) if params.is_distributed is False else (rank, world_size)
+    rank, world_size = _ranks(params, rank, world_size)
     names = {"pin_memory"} if params.debug_mode else _PASSED_ON
     options: Any = {k: v for k, v in vars(params).items() if k in names and v}
     if is_stream(dataset):
-        return _stream_loader(
+        loader = _stream_loader(
             dataset, params, seed, rank, world_size, streams, options
-        ), None
-    sampler = _sampler(dataset, params, seed, rank, world_size)
-    kind = type(dataset).__name__
-    length = _length(sampler)
-    if not length:
-        raise DataError(f"the data set is empty: {kind} has a length of 0, or none")
-    ranks: Any = {"seed": seed, "rank": rank, "world_size": world_size}
-    batches: RankBatches
-    if replay.yields_batches(sampler):
-        if params.batch_size != 1:
-            raise ValueError(
-                f"`batch_size` must be left out with a batch sampler "
-                f"({type(params.sampler).__name__}), got {params.batch_size}"
-            )
-        batches = GivenBatches(sampler, drop_last=params.drop_last, **ranks)
-    else:
-        batches = SampleBatches(
-            sampler, batch_size=params.batch_size, drop_last=params.drop_last, **ranks
         )
-    if len(batches) == 0:
+        sampler, own = None, {"sampler": "a stream"}
+    else:
+        ranks = {"seed": seed, "rank": rank, "world_size": world_size}
+        sampler = _sampler(dataset, params, **ranks)
+        batches = _batches(dataset, sampler, params, **ranks)
+        fetched = fetching.SeededDataset(dataset, params.collate_fn)
+        loader = ResumableDataLoader(fetched, batches, **options)
+        own = sampler.identity()
+    loader.identity = {
+        **own,
+        "samples": loader.num_samples,
+        "global batch": params.batch_size * world_size,
+        "drop_last": params.drop_last,
+        "seed": seed,
+    }
+    return loader, sampler
+
+
+def _batches(
+    dataset: Any,
+    sampler: samplers.ResumableSampler,
+    params: DataLoaderParams,
+    **ranks: int,
+) -> RankBatches:
+    length = 0
+    with contextlib.suppress(TypeError):
+        length = len(sampler)
+    if not length:
+        kind = type(dataset).__name__
+        raise DataError(f"the data set is empty: {kind} has a length of 0, or none")
+    gives_batches = replay.yields_batches(sampler)
+    if gives_batches and params.batch_size != 1:
+        raise ValueError(
+            f"`batch_size` must be left out with a batch sampler "
+            f"({type(params.sampler).__name__}), got {params.batch_size}"
+        )
+    make: Callable[..., RankBatches] = GivenBatches if gives_batches else SampleBatches
+    sizes = {"batch_size": params.batch_size, "drop_last": params.drop_last}
+    found = make(sampler, **sizes, **ranks)
+    if len(found) == 0:
         raise DataError(
             f"{length} samples fill no batch; lower `batch_size` or turn `drop_last` "
             "off"
         )
-    fetched = fetching.SeededDataset(dataset, params.collate_fn)
-    return ResumableDataLoader(fetched, batches, **options), sampler
+    return found
+
+
+def _ranks(
+    params: DataLoaderParams, rank: int | None, world_size: int | None
+) -> tuple[int, int]:
+    if rank is not None and world_size is None:
+        raise ValueError(f"`world_size` must be given with `rank`, got {rank} only")
+    if params.is_distributed is False:
+        return 0, 1
+    has_group = distributed.is_available() and distributed.is_initialized()
+    if world_size is None and has_group:
+        return distributed.get_rank(), distributed.get_world_size()
+    return rank or 0, world_size or 1
 
 
 def _sampler(
@@ -323,9 +320,3 @@ def _reason(exit_code: int) -> str:
         return f"exit status {exit_code}"
     hint = ", as where memory is short" if -exit_code == signal.SIGKILL else ""
     return f"signal {signal.Signals(-exit_code).name}{hint}"
-
-
-def _length(sized: Any) -> int:
-    with contextlib.suppress(TypeError):
-        return len(sized)
-    return 0

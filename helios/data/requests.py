@@ -24,23 +24,13 @@ class StreamRequests(Plan):
         self.streams = settings.streams
         self._workers = max(1, workers)
         self._runs = itertools.count()
-        self.epoch = -1
         self.kind: str | None = None
-        self._turn = self._number = 0
-        self._parts = [Part()] * settings.streams
         self._is_sought = False
+        self._begin(-1)
 
     @property
     def is_sharded(self) -> bool:  # type: ignore[override]  # known while it is read
         return self.kind != "whole" and self.settings.world_size > 1
-
-    @property
-    def batches_per_epoch(self) -> int | None:
-        return None
-
-    @property
-    def num_samples(self) -> int | None:
-        return None
 
     def describe(self, request: StreamRequest) -> str:
         return f"batch {request.turn} of the stream (epoch {request.epoch})"
@@ -105,10 +95,11 @@ class StreamRequests(Plan):
                 continue
             ended.add(stream)
             if answer.kind == "whole" or len(ended) == len(self._parts):
+                self._is_at_end = True
                 return
 
-    def next_epoch(self) -> dict[str, Any]:
-        return self._cursor()
+    def next_epoch(self, cursor: Any = None) -> Any:
+        return self._cursor() if self._is_at_end else cursor
 
     def _cursor(self) -> dict[str, Any]:
         """What `seek` needs to go on from here."""
@@ -127,12 +118,14 @@ class StreamRequests(Plan):
 
     def _begin(self, epoch: int) -> None:
         self.epoch, self.kind, self._turn, self._number = epoch, None, 0, 0
-        self._parts = [Part()] * self.settings.streams
+        self._is_at_end = False
+        self._parts: list[Part] = [Part()] * self.settings.streams
 
 
 def _next_epoch(part: Part) -> Part:
-    """Where an epoch begins: as the state of the data set says, if it is at its end."""
+    """Where an epoch begins: as the data set's own state says, if it has one."""
     states = part.states or {}
-    if part.is_done and "dataset" in states:
-        return Part(states={"dataset": states["dataset"]})
-    return Part()
+    if "dataset" not in states:
+        return Part()
+    owner = "dataset" if part.is_done else "unfinished"
+    return Part(states={owner: states["dataset"]})

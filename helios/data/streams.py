@@ -46,7 +46,8 @@ class Part(NamedTuple):
 
     position: int = 0  # samples
     #: Of the "dataset" and the "iterator"; "epoch": of a data set whose next epoch does
-    #: not depend on it. None: all is read again to get there.
+    #: not depend on it; "unfinished": of the data set in an epoch that another rank has
+    #: ended. None: all is read again to get there.
     states: dict[str, Any] | None = None
     is_done: bool = False
     seconds: float = 0.0  # that reading took
@@ -230,6 +231,8 @@ class _Stream:
     def _begin(self, part: Part) -> None:
         """Make the iterator, and bring it to where the part is."""
         dataset, states = self._dataset, part.states or self._initial
+        if "unfinished" in states and hasattr(dataset, "set_epoch"):
+            states = self._initial  # where it was in the order of another epoch
         position = part.position if part.states else 0
         torch_worker._worker_info = self._info  # type: ignore[assignment]
         self._seed(position)  # some read the first sample already
@@ -250,7 +253,7 @@ class _Stream:
             self._replay(part)
 
     def _load(self, states: dict[str, Any]) -> None:
-        for owner in states.keys() & {"dataset", "epoch"}:
+        for owner in states.keys() & {"dataset", "epoch", "unfinished"}:
             self._dataset.load_state_dict(copy.deepcopy(states[owner]))
 
     def _seed(self, position: int) -> None:
@@ -342,7 +345,7 @@ class _Stream:
         try:
             item = next(self._iterator)
         except StopIteration:
-            if position == 0 and "dataset" in (self._part.states or {}):
+            if position == 0 and self._part.states:
                 # An earlier epoch left it at its end.
                 self._part = Part()
                 self._begin(self._part)

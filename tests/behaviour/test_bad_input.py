@@ -15,9 +15,10 @@ from support import (
     train,
 )
 from torch import nn
+from torch.utils.data import IterableDataset
 
 import helios
-from helios.data import ResumableSampler
+from helios.data import ResumableSampler, create_dataloader
 from helios.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -110,6 +111,16 @@ def test_evaluation_without_data_is_refused(phase):
     run = trainer.validate if phase == "valid" else trainer.test
     with pytest.raises(DataError, match=f"no {phase}.* data"):
         run(IdModel(), NoData())
+
+
+class NumberStream(IterableDataset):
+    """Numbers."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __iter__(self):
+        return iter(range(self.count))
 
 
 def test_steps_of_an_epoch_that_are_not_known_are_refused():
@@ -332,6 +343,43 @@ def test_changed_sampler_of_the_users_is_refused(tmp_path):
     second = RandomData(shuffle=False)
     with pytest.raises(ResumeError, match="sampler"):
         train(RandomModel(), second, tmp_path, StopAt(), total_steps=2)
+
+
+class OwnLoader(helios.DataModule):
+    """Makes the loader of its training data itself."""
+
+    def __init__(self, dataset, **params):
+        super().__init__()
+        self.dataset, self.params = dataset, params
+
+    def setup(self):
+        pass
+
+    def train_dataloader(self):
+        return create_dataloader(self.dataset, self.params)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ({"dataset": range(9)}, {"dataset": range(8)}, r"samples.* 9\D.* 8\D"),
+        ({"batch_size": 2}, {"batch_size": 3}, r"global.batch.* 2\D.* 3\D"),
+        ({"shuffle": True}, {"shuffle": False}, "sampler"),
+        (
+            {"dataset": NumberStream(8), "num_workers": 2},
+            {"dataset": NumberStream(8), "num_workers": 1},
+            r"streams.* 2\D.* 1\D",
+        ),
+    ],
+)
+def test_changed_loader_of_the_users_is_refused(tmp_path, before, after, message):
+    common = {"dataset": range(9), "batch_size": 2}
+    saved, changed = OwnLoader(**common | before), OwnLoader(**common | after)
+    assert not train(IdModel(), saved, tmp_path, StopAt(2), total_steps=2)[0]
+    with pytest.raises(ResumeError, match=message):
+        train(IdModel(), changed, tmp_path, StopAt(), total_steps=2)
+    saved = OwnLoader(**common | before)
+    assert train(IdModel(), saved, tmp_path, StopAt(), total_steps=2)[0]
 
 
 def test_what_exactness_does_not_depend_on_may_change(tmp_path):

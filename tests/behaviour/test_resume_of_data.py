@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from support import AugmentedDataset, Case, StopAt, digest
+from support import AugmentedDataset, Case, IdModel, StopAt, digest, train
 from support.data import random_collate
 from support.kinds import (
     KINDS,
@@ -15,6 +15,7 @@ from support.kinds import (
     StatefulStream,
     Stream,
 )
+from torch.utils import data
 
 import helios
 from helios.data import ResumableWeightedRandomSampler
@@ -37,6 +38,42 @@ def test_stop_at_any_batch(tmp_path, make):
 def test_stop_at_every_batch_one_after_the_other(tmp_path, make):
     case = Case(KindModel, lambda: KindData(make), **OPTIONS)
     case.check(tmp_path, [[StopAt(batch=batch) for batch in range(12)]])
+
+
+class Lazily(data.Sampler):
+    """Looks at each index in which epoch it is; so long that it is not read at once."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return ((index + self.epoch) % len(self) for index in range(len(self)))
+
+    def __len__(self):
+        return 3000
+
+
+class Asking(IdModel):
+    """Asks how long an epoch is after each batch."""
+
+    def on_training_batch_end(self, state, should_log=False):
+        super().on_training_batch_end(state, should_log)
+        assert self.get_train_steps_per_epoch() == 6
+
+
+def test_to_ask_for_the_steps_of_an_epoch_leaves_its_order_alone():
+    class Data(helios.DataModule):
+        def setup(self):
+            params = {"sampler": Lazily(), "batch_size": 500}
+            self._add_train_phase(range(3000), params)
+
+    model = Asking()
+    train(model, Data(), None, total_steps=2)
+    first, second = np.reshape(model.batches, (2, 3000)).tolist()
+    assert first == list(range(3000))
+    assert second == [*range(1, 3000), 0]
 
 
 WITH_WORKERS = {

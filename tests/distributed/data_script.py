@@ -14,6 +14,7 @@ from support import AugmentedDataset, IdModel, StopAt, digest, train
 from support.kinds import KINDS, LENGTH, KindData, KindModel, ShardedStream, Stream
 
 import helios
+from helios.data import create_dataloader
 from helios.errors import HeliosError
 
 torch.set_num_threads(1)
@@ -75,6 +76,10 @@ class Counting(IdModel):
         assert len(found["mean"]) == int(os.environ["WORLD_SIZE"])
         self.seen["tensors"] += self.gather_for_metrics(ids).tolist()
         self.seen["objects"] += self.gather_for_metrics([str(i) for i in ids.tolist()])
+        try:
+            self.gather_for_metrics({"ids": ids, "names": ["one"]})
+        except TypeError as error:
+            self.seen["refused"] = str(error)
 
 
 class Evaluated(helios.DataModule):
@@ -89,11 +94,26 @@ class Evaluated(helios.DataModule):
         self._add_valid_dataset(self.dataset, self.params)
 
 
+class OwnLoaders(Evaluated):
+    """Makes its loaders itself."""
+
+    def train_dataloader(self):
+        return create_dataloader(AugmentedDataset(4), {"batch_size": 1})
+
+    def valid_dataloader(self):
+        return create_dataloader(self.dataset, self.params)
+
+
 def evaluate():
     """What validations of many kinds count."""
     steady = Stream(7)
     steady.order = lambda: [i for i in range(7) if i % 5 != 4]  # never left out
     found = {}
+    own = OwnLoaders(AugmentedDataset(7), batch_size=2)
+    model = Counting()
+    train(model, own, None, **OPTIONS)
+    found["own_loaders"] = model.seen
+    found["trained_of_own_loaders"] = model.batches
     for name, dataset, params in (
         ("map", AugmentedDataset(7), {"batch_size": 2}),
         ("small", AugmentedDataset(1), {"batch_size": 2}),

@@ -120,7 +120,14 @@ def test_rank_without_anything_to_train_on_is_an_error_on_all(whole):
 
 @pytest.mark.parametrize(
     ("data", "count"),
-    [("map", 7), ("small", 1), ("batches", 7), ("stream", 6), ("shards", 7)],
+    [
+        ("map", 7),
+        ("small", 1),
+        ("batches", 7),
+        ("stream", 6),
+        ("shards", 7),
+        ("own_loaders", 7),
+    ],
 )
 @pytest.mark.parametrize("values", ["tensors", "nested", "objects"])
 def test_validation_counts_each_sample_once(whole, data, count, values):
@@ -131,6 +138,22 @@ def test_validation_counts_each_sample_once(whole, data, count, values):
             part = seen[cycle * count : (cycle + 1) * count]
             expected = [i for i in range(7) if i != 4] if count == 6 else range(count)
             assert sorted(part) == list(expected)
+
+
+def test_loaders_of_the_user_share_the_samples_out(whole):
+    first, second = (report["evaluated"]["trained_of_own_loaders"] for report in whole)
+    assert len(first) == len(second) == 6
+    for epoch in range(3):
+        part = slice(2 * epoch, 2 * epoch + 2)
+        assert sorted(chain(*first[part], *second[part])) == list(range(4))
+
+
+def test_objects_that_no_rank_could_tell_apart_are_refused(whole):
+    for report in whole:
+        assert report["evaluated"]["map"]["refused"] == (
+            "`gather_for_metrics` takes tensors, alone or in lists, tuples and dicts, "
+            "or a list with an item a row of anything else, got dict with str"
+        )
 
 
 def test_rank_without_anything_to_evaluate_is_an_error_on_all(whole):

@@ -177,6 +177,35 @@ class StatefulStream(Stream):
         self.position, self.drawn = state["position"], state["drawn"]
 
 
+class StatefulShards(StatefulStream):
+    """Gives each worker its share, and shuffles by a count of its own epochs."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.source = AugmentedDataset(length)
+
+    finished = 0
+    set_epoch = property()  # it has none
+
+    def order(self):
+        info = data.get_worker_info()
+        number, count = (0, 1) if info is None else (info.id, info.num_workers)
+        order = list(range(len(self.source)))[number::count]
+        random.Random(self.finished).shuffle(order)
+        return order
+
+    def __iter__(self):
+        yield from super().__iter__()
+        self.finished += 1
+
+    def state_dict(self):
+        return {**super().state_dict(), "finished": self.finished}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.finished = state["finished"]
+
+
 KINDS = {
     "sequential": augmented,
     "random": sampled(lambda: ResumableSamplerType.RANDOM),
@@ -209,4 +238,5 @@ KINDS = {
     "stream": Stream,
     "sharded_stream": lambda: ShardedStream(17),  # for two ranks 9 and 8
     "stateful_stream": StatefulStream,
+    "stateful_shards": lambda: StatefulShards(21),  # for two ranks 11 and 10
 }

@@ -25,6 +25,7 @@ from torch.utils.data import (
     Subset,
 )
 
+from helios.data.fetching import kill_workers
 from helios.data.loader import DataLoaderParams, create_dataloader
 from helios.data.samplers import (
     ResumableRandomSampler,
@@ -318,8 +319,8 @@ def overflow():
 
 
 def deadly(end=None, **options):
-    # What torch's handler of SIGCHLD raises is lost where Python runs a `__del__`, as of
-    # an iterator that an earlier test left in a cycle: the death is found 5 s later then.
+    # A death is found by torch's polling only, 5 s later, where it comes while Python
+    # runs the `__del__` of an iterator that an earlier test left in a cycle.
     gc.collect()
     options = {"batch_size": 2, "num_workers": 2, "collate_fn": mixed, **options}
     dataset = Deadly(end)
@@ -329,6 +330,11 @@ def deadly(end=None, **options):
 @functools.cache
 def undisturbed():
     return contents(deadly(num_workers=0)[1])
+
+
+def causes_of(error):
+    while error := error.__cause__:
+        yield error
 
 
 ENDS = {
@@ -358,10 +364,8 @@ def test_death_of_a_worker_names_its_reason_and_what_it_loaded(end):
     )
     assert contents(found) == undisturbed()[: len(found)]
     assert len(found) in (5, 6)
-    causes = [caught.value.__cause__]
-    while causes[-1] is not None:
-        causes.append(causes[-1].__cause__)
     # Only an end without a signal has to be found out, which torch does every 5 s.
+    causes = causes_of(caught.value)
     assert any(isinstance(error, queue.Empty) for error in causes) == (end == "ended")
 
 
@@ -439,6 +443,39 @@ def test_death_of_a_worker_that_is_felt_as_a_broken_connection_is_named():
         list(loader)
 
 
+class Clearing:
+    """Has its sender end where it is received, as if to end a loader's workers."""
+
+    def __reduce__(self):
+        return clear, (os.getpid(),)
+
+
+class Process:
+    """As `kill_workers` wants it."""
+
+    def __init__(self, pid):
+        self.pid = pid
+
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
+
+    def join(self):
+        os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
+
+def clear(pid):
+    kill_workers([Process(pid)])
+
+
+def test_death_of_a_worker_is_not_raised_where_that_would_be_lost():
+    _, loader = deadly(num_workers=1, collate_fn=lambda _: Clearing())
+    batches = iter(loader)
+    assert next(batches) is None
+    with pytest.raises(DataError, match="signal SIGKILL") as caught:
+        next(batches)
+    assert not any(isinstance(error, queue.Empty) for error in causes_of(caught.value))
+
+
 def test_error_of_the_user_is_no_death(tmp_path):
     def read(items):
         return (tmp_path / "missing").read_bytes()
@@ -456,6 +493,27 @@ def test_death_of_a_worker_that_loads_a_stream_is_named():
     loader, _ = create_dataloader(DeadlyStream(), seed=1, num_workers=1, batch_size=2)
     with pytest.raises(DataError, match=r"exit status 4\).* batch 2 of the stream"):
         list(loader)
+
+
+class Lazy(Dataset):
+    """Complex numbers, conjugated or negated where somebody looks at them."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        value = torch.tensor([complex(index, index + 1)])
+        return value.conj() if index % 2 else value.conj().imag
+
+
+@pytest.mark.parametrize("name", ["two", "spawn"])
+def test_lazily_conjugated_tensors_come_as_what_they_show(name):
+    found = create_dataloader(Lazy(), collate_fn=first_of, **WORKERS[name])[0]
+    assert [batch.tolist() for batch in found] == [[-1], [1 - 2j], [-3], [3 - 4j]]
+
+
+def first_of(items):
+    return items[0]
 
 
 @pytest.fixture

@@ -577,16 +577,36 @@ def test_next_epoch_begins_as_the_state_of_the_last_one_says(whole):
         assert sorted(i - 100 * epoch for i in indices(batches)) == list(range(LENGTH))
 
 
-def test_epoch_that_another_rank_ended_leaves_nothing_to_the_next():
-    loader = make(StatefulShards(), streams=2, rank=1, world_size=2)
+class UncountedShards(StatefulShards):
+    """Is told of no epochs."""
+
+    set_epoch = property()  # it has none
+
+
+@pytest.mark.parametrize("kind", [StatefulShards, UncountedShards])
+def test_epoch_that_another_rank_ended_is_gone_on_with_if_it_has_no_number(kind):
+    def fresh():
+        return make(kind(), streams=2, rank=1, world_size=2)
+
+    def whole(epoch):
+        loader = fresh()
+        loader.seek(epoch)
+        return sorted(indices(loader.fetch()))
+
+    loader = fresh()
     batches = loader.fetch()
-    next(batches)
-    cursor = loader.plan.next_epoch()
-    found = contents(loader)
-    fresh = make(StatefulShards(), streams=2, rank=1, world_size=2)
-    fresh.seek(1, 0, stored(cursor))
-    assert contents(fresh) == found
-    assert sum(len(batch[0][0]) for batch in found) == 8  # all of the second rank's
+    first, _ = next(batches), next(batches)  # the second one is read, not trained on
+    cursor = stored(loader.plan.next_epoch(first.cursor))
+    loader, again = fresh(), fresh()
+    loader.seek(1, 0, cursor)
+    found = list(loader.fetch())
+    again.seek(1, 2, stored(found[1].cursor))
+    assert contents(again) == plain(found[2:])
+    done = [first] if kind is UncountedShards else []
+    assert sorted(indices([*done, *found])) == whole(1)
+    # Nothing is left to the next epoch by one that came to its end.
+    loader.seek(2, 0, stored(loader.plan.next_epoch(found[-1].cursor)))
+    assert sorted(indices(loader.fetch())) == whole(2)
 
 
 class Sharded(Shards):
