@@ -64,7 +64,11 @@ class Encoder:
             return [self._encode(v, (*path, i), file) for i, v in enumerate(value)]
         if kind is dict and all(type(key) is str and key != "$" for key in value):
             return {k: self._encode(v, (*path, k), file) for k, v in value.items()}
-        if (found := from_registered(value)) is not None:
+        try:
+            found = from_registered(value)
+        except ValueError as error:
+            raise _refusal(path, f"cannot be stored: {error}") from error
+        if found is not None:
             return {"$": "type", "v": [found[0], self._encode(found[1], path, file)]}
         kind = kind_of(value)
         if kind not in CODES:

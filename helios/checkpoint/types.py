@@ -10,7 +10,7 @@ import struct
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from datetime import date, datetime, time, timedelta, timezone
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -51,8 +51,9 @@ def register_type(
 
     Args:
         cls: the type; its subclasses are not meant.
-        to_tree: makes a tree of an object, of what can be stored. A dataclass needs
-            neither function: its fields are stored.
+        to_tree: makes a tree of an object, of what can be stored; a ValueError of it
+            says why there is none. A dataclass needs neither function: its fields are
+            stored.
         from_tree: makes the object again.
         name: under which it is stored; None: its module and name. Give one if it may
             move, and keep it.
@@ -62,27 +63,45 @@ def register_type(
         TypeError: functions are missing.
     """
     if to_tree is None or from_tree is None:
-        if not is_dataclass(cls) or to_tree is not from_tree:
+        # One that only inherits from a dataclass has more than its fields.
+        if "__dataclass_fields__" not in vars(cls) or to_tree is not from_tree:
             raise TypeError(
                 f"`to_tree` and `from_tree` are needed for {cls.__qualname__}: only "
                 "dataclasses do without both"
             )
-        names = [field.name for field in fields(cls)]
-
-        def to_tree(value: Any) -> Any:
-            return {name: getattr(value, name) for name in names}
-
-        def from_tree(tree: Any) -> Any:
-            value = object.__new__(cls)
-            for field_name in names:  # also of a frozen one
-                object.__setattr__(value, field_name, tree[field_name])
-            return value
-
+        to_tree, from_tree = _of_dataclass(cls)
     name = name or _name_of(cls)
-    if _registered.get(name, (cls,))[0] is not cls:
+    # One of the same name is a class whose definition was run again.
+    if name in _registered and _name_of(_registered[name].cls) != _name_of(cls):
         raise ValueError(f"`name` {name!r} is taken, by {_registered[name].cls}")
     _registered[name] = _Registered(cls, to_tree, from_tree)
     return cls
+
+
+def _of_dataclass(cls: Any) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    names = [field.name for field in fields(cls)]
+
+    def to_tree(value: Any) -> Any:
+        if others := sorted(getattr(value, "__dict__", {}).keys() - {*names}):
+            raise ValueError(f"it has attributes besides its fields: {others}")
+        return {name: getattr(value, name) for name in names}
+
+    def from_tree(tree: Any) -> Any:
+        _check_fields(_name_of(cls), list(tree), names)
+        value = object.__new__(cls)
+        for name in names:  # also of a frozen one
+            object.__setattr__(value, name, tree[name])
+        return value
+
+    return to_tree, from_tree
+
+
+def _check_fields(name: str, then: list[str], now: list[str]) -> None:
+    if {*then} != {*now}:
+        raise CheckpointError(
+            f"{name!r} had the fields {then} when it was saved, and has {now}: put "
+            "them back, or register it with functions that know both"
+        )
 
 
 def from_registered(value: Any) -> list[Any] | None:
@@ -129,7 +148,7 @@ def _from_named(value: Any, base: type) -> list[Any]:
     if not is_there:
         raise ValueError(f"{name} can't be found by its name")
     if base is tuple:
-        return [name, list(value)]
+        return [name, dict(zip(value._fields, value, strict=True))]
     is_member = value.name in type(value).__members__
     return [name, value.name if is_member else value.value]
 
@@ -143,9 +162,12 @@ def _to_enum(tree: list[Any]) -> Any:
 
 def _to_named(tree: list[Any]) -> Any:
     cls = _class_of(tree[0], tuple)
-    if len(tree[1]) != len(cls._fields):
-        raise ValueError(f"{tree[0]} has other fields now")
-    return tuple.__new__(cls, tree[1])
+    if type(tree[1]) is list:  # as older checkpoints have it, without the names
+        if len(tree[1]) != len(cls._fields):
+            raise CheckpointError(f"{tree[0]!r} had {len(tree[1])} fields when saved")
+        return tuple.__new__(cls, tree[1])
+    _check_fields(tree[0], list(tree[1]), list(cls._fields))
+    return tuple.__new__(cls, [tree[1][name] for name in cls._fields])
 
 
 def _from_time(value: Any) -> list[Any]:

@@ -121,9 +121,10 @@ def test_trainer_can_be_used_again_after_a_failure(tmp_path):
 def test_loader_workers_end_with_the_run(tmp_path, is_failing):
     model = failing("valid_step") if is_failing else IdModel()
     data = IndexData(num_workers=1, persistent_workers=True)
+    before = multiprocessing.active_children()
     with pytest.raises(Broken) if is_failing else contextlib.nullcontext():
         train(model, data, tmp_path, **OPTIONS)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= set(before)
 
 
 # Children: forked, so that they needn't import torch again.

@@ -567,8 +567,9 @@ def test_two_iterations_at_once_get_their_own_batches(name):
 @pytest.mark.parametrize("name", ["two", "persistent", "spawn", "forkserver"])
 def test_group_signal_does_not_take_the_workers(name):
     loader = make(**WORKERS[name])
+    before = multiprocessing.active_children()
     iterator = iter(loader)  # the signals may come before the worker's first line
-    for worker in multiprocessing.active_children():
+    for worker in set(multiprocessing.active_children()) - set(before):
         os.kill(worker.pid, signal.SIGTERM)
         os.kill(worker.pid, signal.SIGINT)
     assert contents(iterator) == uninterrupted()[0]
