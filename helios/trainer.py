@@ -287,6 +287,7 @@ class Trainer:
                 try:
                     yield engine
                 finally:
+                    datamodule._end()
                     datamodule.teardown()
             except BaseException as error:
                 if not isinstance(error, tuple(silent)):

@@ -187,8 +187,7 @@ class DataModule(abc.ABC):
         """What the order of the training samples depends on."""
         facts: dict[str, Any] = {}
         if type(self).train_dataloader is not DataModule.train_dataloader:
-            loader = loader_of(self.train_dataloader(), "training")
-            if loader is not None:
+            if (loader := loader_of(self.train_dataloader(), "training")) is not None:
                 # Nobody keeps the number of its streams for it.
                 own = {**loader.identity, "streams": loader.plan.streams}
                 facts = {f"{name} of `train_dataloader`": v for name, v in own.items()}
@@ -241,14 +240,18 @@ class DataModule(abc.ABC):
         DataModule.__init__(self)
         self.trainer = trainer
 
+    def _end(self) -> None:
+        """Let go of the run's loader, with which its workers end."""
+        self._running_loader = None
+
     def _current(self) -> Dataset | None:
-        phases = self._train_phases
-        return phases[self._phase] if phases else self._train_dataset
+        phases = self._phases()
+        return phases[self._phase] if phases else None
 
     def _phases(self) -> list[Dataset]:
         """The data of all training phases."""
-        older = [] if self._train_dataset is None else [self._train_dataset]
-        return self._train_phases or older
+        older = self._train_dataset
+        return self._train_phases or ([] if older is None else [older])
 
     def _ranks(self) -> dict[str, int]:
         engine = getattr(self, "trainer", None) and self.trainer.engine
@@ -269,7 +272,7 @@ class DataModule(abc.ABC):
             return None
         seed = self._seed(data, split, phase)
         # The seed of the parameters is in this one.
-        own: dict[str, Any] = {"seed": seed, "random_seed": None, **self._ranks()}
+        own: Any = {"seed": seed, "random_seed": None, **self._ranks()}
         if data.params.pin_memory is None:
             engine = getattr(self, "trainer", None) and self.trainer.engine
             own["pin_memory"] = engine is not None and engine.device.type == "cuda"
