@@ -287,9 +287,8 @@ class Engine:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
             optimizers = self.accelerator._optimizers
-            for optimizer, was_skipped in zip(
-                optimizers, state["skipped"], strict=True
-            ):
+            skipped = state.get("skipped", [False] * len(optimizers))  # from elsewhere
+            for optimizer, was_skipped in zip(optimizers, skipped, strict=True):
                 optimizer._is_overflow = was_skipped
 
     def close(self) -> None:

@@ -129,7 +129,12 @@ class Session:
         if path is None:
             return False
         checkpoint = read_checkpoint(path, verify=resume not in ("auto", "must"))
-        self._check_identity(path.name, checkpoint.record["identity"], allow_inexact)
+        if (imported := checkpoint.record.get("imported")) is None:
+            saved = checkpoint.record["identity"]
+            self._check_identity(path.name, saved, allow_inexact)
+        else:
+            for line in imported["unknown"]:
+                self.logger.warning("imported from %s: %s", imported["from"], line)
         self.state.load(checkpoint.record["progress"])
         if self.saver is not None:
             self.saver.mark()
@@ -168,11 +173,14 @@ class Session:
         if rank is None:
             self.logger.warning("the checkpoint has no random numbers of %s", self._own)
             return
-        parameters = self._model._holdings().all_parameters()
-        for parameter, (asks, grad) in zip(parameters, rank["gradients"], strict=True):
-            parameter.requires_grad_(asks)
-            parameter.grad = None if grad is None else grad.to(parameter.device)
-        rng.restore_rng(rank["rng"], self.engine.device)
+        if rank["gradients"] is not None:  # else it is from elsewhere
+            parameters = self._model._holdings().all_parameters()
+            pairs = zip(parameters, rank["gradients"], strict=True)
+            for parameter, (asks, grad) in pairs:
+                parameter.requires_grad_(asks)
+                parameter.grad = None if grad is None else grad.to(parameter.device)
+        if rank["rng"] is not None:
+            rng.restore_rng(rank["rng"], self.engine.device)
 
     def _choose(self, resume: Any) -> Any:
         if resume == "never":
@@ -211,16 +219,19 @@ class Session:
         parts, rank = checkpoint.tree("training", own=own), None
         if self._own in checkpoint.record["trees"]:
             rank = checkpoint.tree(self._own, own=own)
-        if set(parts) != set(self._parts):
+        is_from_elsewhere = "imported" in checkpoint.record
+        if set(parts) != set(self._parts) and not is_from_elsewhere:
             raise ResumeError(
                 f"the checkpoint holds the state of {sorted(parts)}, and the run "
                 f"consists of {sorted(self._parts)}; use as many `callbacks` as then"
             )
         for name, part in self._parts.items():
-            part.load_state_dict(parts[name])
+            if name in parts:
+                part.load_state_dict(parts[name])
         for name, book in self._books().items():
             book.clear()
-            for key, value in rank["books"][name].items() if rank is not None else ():
+            saved = {} if rank is None else rank["books"].get(name, {})
+            for key, value in saved.items():
                 is_tensor = isinstance(value, torch.Tensor)
                 book[key] = value.to(self.engine.device) if is_tensor else value
         return rank

@@ -13,7 +13,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from helios.checkpoint.types import BACK, CODES, MAPPINGS, from_registered, kind_of
+from helios.checkpoint.types import (
+    BACK,
+    BACK_WITHOUT_CLASSES,
+    CODES,
+    MAPPINGS,
+    from_registered,
+    kind_of,
+)
 from helios.errors import CheckpointCorruptError, CheckpointError, UnstorableError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
@@ -118,33 +125,39 @@ class Encoder:
         return {"$": "viewed", "v": [str(tensor.dtype), list(tensor.shape), plain]}
 
 
-def decode(plain: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
+def decode(
+    plain: Any, tensors: Mapping[str, Mapping[str, Tensor]], *, has_classes: bool = True
+) -> Any:
     """Rebuild the tree that :meth:`Encoder.encode` was given, of these tensors.
+
+    Without the classes of the program that made it, what they stand for is in tuples.
 
     Raises:
         CheckpointCorruptError: ``plain`` is not what ``encode`` makes, in any way.
         CheckpointError: a class in it is not imported, or not registered.
     """
     try:
-        return _decode(plain, tensors)
+        return _decode(plain, tensors, BACK if has_classes else BACK_WITHOUT_CLASSES)
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointCorruptError(f"a tree is malformed: {error!r}") from error
 
 
-def _decode(node: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> Any:
+def _decode(
+    node: Any, tensors: Mapping[str, Mapping[str, Tensor]], back: Mapping[str, Any]
+) -> Any:
     if type(node) is list:
-        return [_decode(item, tensors) for item in node]
+        return [_decode(item, tensors, back) for item in node]
     if type(node) is not dict:
         return node
     if "$" not in node:
-        return {key: _decode(value, tensors) for key, value in node.items()}
+        return {key: _decode(value, tensors, back) for key, value in node.items()}
     tag, payload = node["$"], node["v"]
     if tag == "tensor":
         file, name = payload
         return tensors[file][name]
-    return BACK[tag](_decode(payload, tensors))
+    return back[tag](_decode(payload, tensors, back))
 
 
 def _is_small(value: object) -> bool:

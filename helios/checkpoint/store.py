@@ -79,18 +79,19 @@ class Checkpoint:
     record: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
 
-    def tree(self, group: str, *, own: bool = False) -> Any:
+    def tree(self, group: str, *, own: bool = False, has_classes: bool = True) -> Any:
         """Decode one group.
 
         `own`: with tensors in memory of their own. Else with those of `tensors`, which
-        are of use as long as nobody truncates the files.
+        are of use as long as nobody truncates the files. `has_classes=False` puts names
+        where the program's own enums, named tuples and registered types were.
         """
         if group not in self.record["trees"]:
             raise CheckpointError(f"{self.path} has no {group!r}")
         tensors: Mapping[str, Mapping[str, Tensor]] = self.tensors
         if own:
             tensors = {name: _Cloned(found) for name, found in self.tensors.items()}
-        return decode(self.record["trees"][group], tensors)
+        return decode(self.record["trees"][group], tensors, has_classes=has_classes)
 
 
 class _Cloned(dict[str, Tensor]):
@@ -140,17 +141,20 @@ class CheckpointStore:
         group: str,
         tensors: Mapping[str, Tensor],
         aliases: Mapping[str, str] | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Write a group's files to the disk; what the record says of them, by name."""
         shards = _shards(tensors, self.max_shard_bytes)
-        if len(shards) == 1:
-            return self._write_file(folder, f"{group}{SUFFIX}", group, tensors, aliases)
         entries, places = dict[str, Any](), dict[str, str]()
+        if len(shards) == 1:
+            notes = {**(metadata or {}), **(aliases or {})}
+            return self._write_file(folder, f"{group}{SUFFIX}", group, tensors, notes)
         for number, names in enumerate(shards, 1):
             file = f"{group}-{number:05}-of-{len(shards):05}{SUFFIX}"
             shard = {name: tensors[name] for name in names}
-            inside = {a: n for a, n in (aliases or {}).items() if n in shard}
-            entries |= self._write_file(folder, file, group, shard, inside)
+            notes = {a: n for a, n in (aliases or {}).items() if n in shard}
+            notes |= metadata or {}
+            entries |= self._write_file(folder, file, group, shard, notes)
             places |= dict.fromkeys(names, file)
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
@@ -168,10 +172,10 @@ class CheckpointStore:
         file: str,
         group: str,
         tensors: Mapping[str, Tensor],
-        aliases: Mapping[str, str] | None,
+        metadata: Mapping[str, str],
     ) -> dict[str, Any]:
         with open(folder / file, "xb") as out:
-            entry = write_tensors(out, tensors, aliases or {})
+            entry = write_tensors(out, tensors, metadata)
             out.flush()
             os.fsync(out.fileno())
         return {file: {"group": group, **entry}}

@@ -20,7 +20,8 @@ from torch import Tensor
 #: A checksum covers so many bytes of a file, the last one what is left.
 CHUNK_BYTES = 1 << 26
 _PIECE_BYTES = 1 << 22
-_NAMES = {
+#: By dtype: its name in such a file, of those that every reader knows.
+FORMS = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.uint16: "U16",
@@ -51,7 +52,7 @@ def write_tensors(
         tensor, start = tensors[name], end
         end += tensor.numel() * tensor.dtype.itemsize
         header[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": FORMS[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

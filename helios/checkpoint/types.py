@@ -255,6 +255,13 @@ BACK = {
     "viewed": _to_viewed,
     "type": _to_registered,
 }
+#: The same, for those who do not have the program's classes: names in their places.
+BACK_WITHOUT_CLASSES = {
+    **BACK,
+    "enum": lambda v: f"{v[0]}.{v[1]}",
+    "namedtuple": lambda v: (v[0], *(v[1].values() if type(v[1]) is dict else v[1])),
+    "type": tuple,
+}
 MAPPINGS = (dict, OrderedDict, Counter)
 
 

@@ -206,29 +206,93 @@ def prune(root: Path, keep_last: int, dry_run: bool) -> None:
 @checkpoint.command()
 @_PATH
 @click.argument("out", type=click.Path(path_type=Path))
-def export(path: Path, out: Path) -> None:
+@click.option(
+    "--accelerate",
+    is_flag=True,
+    help="Make OUT a folder that Accelerator.load_state reads.",
+)
+@click.option(
+    "--shard-bytes",
+    type=click.IntRange(1),
+    help="Make OUT a folder of such shards with an index, as on the Hugging Face Hub.",
+)
+def export(path: Path, out: Path, accelerate: bool, shard_bytes: int | None) -> None:
     """Write the networks' weights to OUT, one safetensors file without the rest."""
-    from safetensors.torch import save_file
+    import shutil
 
+    from helios import interchange
     from helios.checkpoint import read_checkpoint
 
     if out.exists():
-        raise click.ClickException(f"{out} exists; remove it, or choose another name")
-    with _errors():
-        found = read_checkpoint(path)
-    if "model" not in found.tensors:
-        raise click.ClickException(f"{path} has no weights")
+        raise click.UsageError(f"{out} exists; remove it, or choose another name")
+    if accelerate and shard_bytes:
+        raise click.UsageError("`--accelerate` and `--shard-bytes` exclude each other")
     partial = out.with_name(f".{out.name}.partial")
     try:
-        save_file(found.tensors["model"], partial, metadata={"format": "pt"})
+        with _errors():
+            found = read_checkpoint(path)
+            if accelerate:
+                partial.mkdir()
+                left_out = interchange.to_accelerate(found, partial)
+            else:
+                tensors, left_out = interchange.weights(found)
+                interchange.save_weights(tensors, partial, shard_bytes)
         partial.rename(out)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
-    click.echo(f"{len(found.tensors['model'])} tensors in {out}")
+    for name in left_out:
+        click.echo(f"not in there: {name}", err=True)
+    click.echo(f"written to {out}")
+
+
+@checkpoint.command("import")
+@click.argument("source", type=click.Path(exists=True, path_type=Path))
+@click.argument("root", type=click.Path(path_type=Path))
+@click.option("--save-name", required=True, help="The model's name.")
+@click.option("--epoch", type=click.IntRange(0), help="Epochs that are done.")
+@click.option("--step", type=click.IntRange(0), help="Steps that are done.")
+@click.option("--batch", type=click.IntRange(0), help="Batches of the next epoch done.")
+@click.option("--networks", help="Their attributes, by commas, in the order of files.")
+@click.option("--optimizers", help="Likewise.")
+@click.option("--schedulers", help="Likewise.")
+@click.option("--others", help="Likewise, of what was registered for checkpointing.")
+@_JSON
+def import_(
+    source: Path,
+    root: Path,
+    save_name: str,
+    epoch: int | None,
+    step: int | None,
+    batch: int | None,
+    as_json: bool,
+    **names: str | None,
+) -> None:
+    """Make a checkpoint of SOURCE in ROOT, from which a run goes on.
+
+    SOURCE is a folder of Accelerate's save_state, or the .pth file of an older Helios.
+    ROOT is the run's chkpt_root. What the files cannot tell is listed.
+    """
+    from helios import interchange
+
+    given = {"global_epoch": epoch, "current_iteration": step, "dataset_iter": batch}
+    progress = {name: value for name, value in given.items() if value is not None}
+    attributes = {kind: text.split(",") for kind, text in names.items() if text}
+    read = interchange.from_accelerate if source.is_dir() else interchange.from_pth
+    with _errors():
+        found = read(source, progress, attributes)
+        path = found.write(root, save_name)
+    if as_json:
+        click.echo(json.dumps({"path": str(path), "unknown": found.unknown}))
+        return
+    click.echo(f"written to {path}")
+    for line in found.unknown:
+        click.echo(f"not known: {line}")
 
 
 class _errors:  # noqa: N801  # used as a function is
-    """Turns what is wrong with a checkpoint into a message, and exit status 2."""
+    """Turns what is wrong with a checkpoint, or a path, into exit status 2."""
 
     def __enter__(self) -> None:
         pass
@@ -236,7 +300,7 @@ class _errors:  # noqa: N801  # used as a function is
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         from helios.errors import CheckpointError
 
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError | OSError | ValueError):
             raise click.UsageError(str(error)) from error
 
 

@@ -69,7 +69,16 @@ class Holdings:
         """
         kinds = self._stateful(unwrap)
         for kind in ("networks", "parameters") if for_inference else kinds:
-            have, saved = kinds[kind], tree[kind]
+            have, saved = kinds[kind], tree.get(kind, [])
+            if isinstance(saved, list):  # from elsewhere: without names, in this order
+                if not saved:
+                    continue
+                if len(saved) != len(have):
+                    raise ResumeError(
+                        f"the model holds the {kind} {list(have)}, and {len(saved)} "
+                        f"were imported, without names; name them with `--{kind}`"
+                    )
+                saved = dict(zip(have, saved, strict=True))
             left_over = set() if for_inference else set(saved) - set(have)
             if left_over or set(have) - set(saved):
                 raise ResumeError(

@@ -239,7 +239,8 @@ class Model(abc.ABC):
     ) -> None:
         """Put :meth:`state_dict` back; for inference the networks only."""
         self._holdings().restore(state, self.unwrap, for_inference)
-        self.load_user_state_dict(state["user"], for_inference)
+        if "user" in state:  # else it is from elsewhere
+            self.load_user_state_dict(state["user"], for_inference)
 
     def user_state_dict(self) -> dict[str, Any]:
         """What the model knows besides, as a tree of plain values and tensors."""

@@ -1,0 +1,398 @@
+"""Checkpoints of others: taken over, and given out in their forms.
+
+What is taken over is read with `weights_only`, which runs no code, and what it cannot
+say is listed in the record. Weights are given out as safetensors; the folder that
+`Accelerator.load_state` reads has torch's own files beside them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from helios.checkpoint import Checkpoint, CheckpointStore, Encoder
+from helios.checkpoint.tensors import FORMS, write_tensors
+from helios.errors import CheckpointError, CheckpointNotFoundError
+from helios.state import TrainingState, check_name
+
+KINDS = ("networks", "optimizers", "schedulers", "others")
+# By kind: what Accelerate calls the files of its objects, the first of them.
+_FILES = {
+    "networks": "model.safetensors",
+    "optimizers": "optimizer.bin",
+    "schedulers": "scheduler.bin",
+    "others": "custom_checkpoint_0.pkl",
+}
+_METADATA = {"format": "pt"}  # which some readers insist on
+_LAYOUT = "the layout of these files is not documented: look at the first results"
+
+
+@dataclasses.dataclass
+class Found:
+    """What there is in somebody's checkpoint, as a run of Helios has it."""
+
+    source: str
+    model: dict[str, Any]
+    progress: TrainingState
+    scaler: dict[str, Any] | None = None
+    rng: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    unknown: list[str] = dataclasses.field(default_factory=list)
+
+    def write(self, root: Path, save_name: str) -> Path:
+        """Make a checkpoint that a run of `save_name` goes on from; return its folder.
+
+        Raises:
+            FileExistsError: there is one of that name.
+            UnstorableError: it holds something that has no stored form.
+        """
+        check_name("save_name", save_name)
+        store, encoder = CheckpointStore(root / save_name), Encoder()
+        epoch, step = self.progress.global_epoch, self.progress.current_iteration
+        name = f"{save_name}_epoch_{epoch}_iter_{step}"
+        if (store.root / name).exists():
+            raise FileExistsError(f"{store.root / name} exists")
+        networks = self.model.get("networks", {})
+        named = networks if isinstance(networks, dict) else _numbered(networks)
+        whole = next(iter(named.values())) if len(named) == 1 else named
+        trees = {"model": encoder.encode(whole, file="model")}
+        parts: dict[str, Any] = {"model": self.model}
+        if self.scaler is not None:
+            parts["scaler"] = {"scaler": self.scaler}
+        trees["training"] = encoder.encode(parts, file="training")
+        for rank in range(max(self.rng, default=0) + 1):
+            group, states = f"rank_{rank}", self.rng.get(rank)
+            own = {"rng": states, "books": {}, "reading": {}, "gradients": None}
+            trees[group] = encoder.encode(own, file=group)
+        folder = store.begin(name)
+        files = {
+            file: entry
+            for group, tensors in encoder.files.items()
+            for file, entry in store.write_group(
+                folder, group, tensors, encoder.aliases[group]
+            ).items()
+        }
+        record = {
+            "progress": self.progress.dict(),
+            "identity": {},
+            "imported": {"from": self.source, "unknown": self.unknown},
+            "trees": trees,
+            "files": files,
+        }
+        return store.commit(folder, name, record)
+
+
+def from_accelerate(
+    folder: Path, progress: Mapping[str, int], names: Mapping[str, Sequence[str]]
+) -> Found:
+    """Take over what `Accelerator.save_state` wrote.
+
+    `names` has the model's attributes for each of `KINDS`, in the order in which they
+    were prepared; without, those of a run are taken in the order in which they stand.
+    `progress` has what the user knows of the `TrainingState`.
+
+    Raises:
+        CheckpointNotFoundError: it is no such folder.
+        CheckpointError: a file cannot be read without running code.
+    """
+    model: dict[str, Any] = {}
+    for kind, first in _FILES.items():
+        states = [_read(path) for path in _files(folder, first)]
+        model[kind] = states
+        if kind in names:
+            if len(names[kind]) != len(states):
+                raise CheckpointError(
+                    f"{len(names[kind])} names are given for the {kind} {names[kind]}, "
+                    f"and {folder} has {len(states)}"
+                )
+            model[kind] = dict(zip(names[kind], states, strict=True))
+    if not model["networks"]:
+        raise CheckpointNotFoundError(
+            f"{folder} has no model.safetensors: it is none of `Accelerator.save_state`"
+        )
+    scaler = folder / "scaler.pt"
+    found = Found("Accelerate", model, TrainingState())
+    if scaler.exists():
+        found.scaler = _read(scaler)
+    counts = [0]
+    for path in sorted(folder.glob("random_states_*.pkl")):
+        states = _read(path)
+        counts.append(int(states.get("step", 0)))
+        found.rng[int(path.stem.rpartition("_")[2])] = _rng_of(states)
+    optimizers = model["optimizers"]
+    if isinstance(optimizers, dict):
+        optimizers = list(optimizers.values())
+    known = {"current_iteration": _updates(optimizers)}
+    known["global_iteration"] = max(counts) or known["current_iteration"]
+    _say(found, known, progress)
+    found.unknown.append(
+        "the order of the samples from here on is that of Helios, not of Accelerate"
+    )
+    if not found.rng:
+        found.unknown.append("random numbers: there is no random_states_<rank>.pkl")
+    found.unknown += [
+        f"{kind}: there are none in the folder" for kind in KINDS[:3] if not model[kind]
+    ]
+    found.unknown += [
+        f"{path.name} is not taken over: it holds a pickled object"
+        for path in sorted([*folder.glob("sampler*.bin"), *folder.glob("dl_state*")])
+    ]
+    return found
+
+
+def from_pth(
+    path: Path, progress: Mapping[str, int], names: Mapping[str, Sequence[str]]
+) -> Found:
+    """Take over a `.pth` file of an older Helios, or any of that kind.
+
+    What it has under "model", else all of it, is what `Model.state_dict` gave: states
+    by the attributes' names. A model that overrides `load_state_dict` gets it as it is.
+
+    Raises:
+        CheckpointError: it cannot be read without running code, or has no weights.
+    """
+    tree = _read(path)
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path} holds a {type(tree).__name__}, not a dict")
+    states = tree["model"] if isinstance(tree.get("model"), Mapping) else tree
+    if _is_of_tensors(states):  # of one network, without a name
+        states = {names["networks"][0] if "networks" in names else "net": states}
+    model: dict[str, Any] = {kind: {} for kind in KINDS[:3]}
+    for name, state in states.items():
+        if (kind := _kind_of(state)) is not None:
+            model[kind][name] = state
+    if not model["networks"]:
+        raise CheckpointError(f"{path} has no weights under {sorted(map(str, states))}")
+    # A kind of which there is nothing is left as it is.
+    model = {kind: found for kind, found in model.items() if found}
+    found = Found("a .pth file", {**states, **model}, TrainingState())
+    optimizers = list(model.get("optimizers", {}).values())
+    known = {"current_iteration": _updates(optimizers)}
+    fields = {field.name for field in dataclasses.fields(TrainingState)}
+    for candidate in (tree, *tree.values()):
+        if isinstance(candidate, Mapping) and {"global_epoch"} <= {*candidate}:
+            known |= {k: v for k, v in candidate.items() if k in fields}
+    _say(found, known, progress)
+    others = sorted(str(key) for key in tree if tree[key] is not states)
+    if states is not tree and others:
+        found.unknown.append(f"not taken over: {', '.join(others)}; {_LAYOUT}")
+    found.unknown.append("random numbers, and the order of the samples")
+    return found
+
+
+def weights(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
+    """The networks' tensors by dotted name, and the names of what is no tensor.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if "model" not in checkpoint.record["trees"]:
+        raise CheckpointError(f"{checkpoint.path} has no weights")
+    tree = checkpoint.tree("model", has_classes=False)
+    tensors, others = dict[str, Tensor](), list[str]()
+    for name, value in _leaves(tree, ""):
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        else:
+            others.append(name)
+    return tensors, others
+
+
+def save_weights(
+    tensors: Mapping[str, Tensor], path: Path, shard_bytes: int | None = None
+) -> None:
+    """Write one safetensors file, or a folder of shards with an index.
+
+    A tied tensor is in it under each of its names.
+
+    Raises:
+        CheckpointError: safetensors has no form for a tensor's dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FORMS:
+            raise CheckpointError(f"{name} has dtype {tensor.dtype}: no form for it")
+    if shard_bytes is None:
+        with open(path, "xb") as out:
+            write_tensors(out, tensors, _METADATA)
+        return
+    path.mkdir()
+    store = CheckpointStore(path, max_shard_bytes=shard_bytes)
+    store.write_group(path, "model", tensors, metadata=_METADATA)
+
+
+def to_accelerate(checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """Write what `Accelerator.load_state` reads; return what is not in there.
+
+    The objects are numbered as they stand in the model, so they must be prepared in
+    that order.
+    """
+    training = checkpoint.tree("training", has_classes=False)
+    model, left_out = training["model"], list[str]()
+    for kind in KINDS[:3]:
+        for number, (name, state) in enumerate(model[kind].items()):
+            path = folder / _numbered_file(_FILES[kind], number)
+            if kind != "networks":
+                torch.save(state, path)
+                continue
+            found = dict(_leaves(state, ""))
+            tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)}
+            save_weights(tensors, path)
+            left_out += [f"{name}.{k}" for k in found if k not in tensors]
+    if training.get("scaler"):
+        torch.save(training["scaler"]["scaler"], folder / "scaler.pt")
+    steps = checkpoint.record["progress"]["global_iteration"]
+    for group in checkpoint.record["trees"]:
+        if group.startswith("rank_"):
+            states = checkpoint.tree(group, has_classes=False)["rng"]
+            path = folder / f"random_states_{group.removeprefix('rank_')}.pkl"
+            torch.save({"step": steps, **_rng_for(states)}, path)
+    left_out += [
+        f"{kind} {sorted(v)}" for kind, v in model.items() if _is_left(kind, v)
+    ]
+    left_out.append("the position in the data: skip the batches of the epoch yourself")
+    return left_out
+
+
+def _is_left(kind: str, states: Any) -> bool:
+    return kind not in KINDS[:3] and isinstance(states, Mapping) and bool(states)
+
+
+def _say(found: Found, known: dict[str, Any], given: Mapping[str, int]) -> None:
+    """Fill in how far the training is, and say what is not known of that."""
+    known |= given
+    for name, value in known.items():
+        setattr(found.progress, name, value)
+    if found.progress.dataset_iter:
+        found.progress.epoch_stage = "open"
+    for name, words in (
+        ("global_epoch", "the epoch"),
+        ("dataset_iter", "the batches that are done of the epoch"),
+        ("current_iteration", "the steps"),
+    ):
+        if name not in given:
+            value = getattr(found.progress, name)
+            source = "as the files say" if known.get(name) else "nobody says"
+            found.unknown.append(f"{words}: {source}, taken as {value}")
+
+
+def _files(folder: Path, first: str) -> list[Path]:
+    """The files of one kind of objects, in their order."""
+    found = []
+    while (path := folder / _numbered_file(first, len(found))).exists():
+        found.append(path)
+    return found
+
+
+def _numbered_file(first: str, number: int) -> str:
+    if "_0." in first:
+        return first.replace("_0.", f"_{number}.")
+    return first if number == 0 else first.replace(".", f"_{number}.")
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        with _numpy_is_safe():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of any kind, for a file of any contents
+        text = str(error)
+        wanted = re.search(r"GLOBAL (\S+)", text)
+        why = f"it needs {wanted[1]}" if wanted else text.partition("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be read without running code of its own: {why}"
+        ) from error
+
+
+def _numpy_is_safe() -> AbstractContextManager[None]:
+    """Let arrays of numpy's numbers be read, which random states are."""
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]  # not in its stubs
+    old = f"numpy.core.multiarray.{multiarray._reconstruct.__name__}"
+    return torch.serialization.safe_globals(
+        [
+            multiarray._reconstruct,
+            (multiarray._reconstruct, old),
+            np.ndarray,
+            np.dtype,
+            type(np.dtype(np.uint32)),
+        ]
+    )
+
+
+def _rng_of(states: Mapping[str, Any]) -> dict[str, Any]:
+    """Accelerate's random states, as `helios.rng.capture_rng` has them."""
+    version, words, gauss = states["random_state"]
+    kind, keys, position, has_gauss, cached = states["numpy_random_seed"]
+    numpy = {"bit_generator": str(kind), "has_gauss": has_gauss, "gauss": cached}
+    numpy["state"] = {"key": np.asarray(keys), "pos": position}
+    python = (version, np.array(words, dtype=np.uint32), gauss)
+    found = {"python": python, "numpy": numpy, "torch": states["torch_manual_seed"]}
+    devices = states.get("torch_cuda_manual_seed")
+    return {**found, "cuda": devices[0]} if devices else found
+
+
+def _rng_for(states: Mapping[str, Any]) -> dict[str, Any]:
+    """The other way."""
+    version, words, gauss = states["python"]
+    numpy = states["numpy"]
+    key, position = numpy["state"]["key"], numpy["state"]["pos"]
+    found = {
+        "random_state": (version, tuple(words.tolist()), gauss),
+        "numpy_random_seed": (
+            numpy["bit_generator"],
+            key,
+            position,
+            numpy["has_gauss"],
+            numpy["gauss"],
+        ),
+        "torch_manual_seed": states["torch"],
+    }
+    if "cuda" in states:
+        found["torch_cuda_manual_seed"] = [states["cuda"]]
+    return found
+
+
+def _updates(optimizers: Sequence[Any]) -> int:
+    """How many steps the optimizers have made, as far as they count them."""
+    found = [
+        int(entry["step"])
+        for optimizer in optimizers
+        for entry in optimizer.get("state", {}).values()
+        if "step" in entry
+    ]
+    return max(found, default=0)
+
+
+def _kind_of(state: Any) -> str | None:
+    """What a state is of, by what is in it; None: of something else."""
+    if not isinstance(state, Mapping):
+        return None
+    if {"state", "param_groups"} <= {*state}:
+        return "optimizers"
+    if "last_epoch" in state or "_last_lr" in state:
+        return "schedulers"
+    return "networks" if _is_of_tensors(state) else None
+
+
+def _is_of_tensors(state: Mapping[Any, Any]) -> bool:
+    return bool(state) and all(isinstance(v, Tensor) for v in state.values())
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def _numbered(states: Sequence[Any]) -> dict[str, Any]:
+    return {str(number): state for number, state in enumerate(states)}
