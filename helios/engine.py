@@ -7,8 +7,10 @@ loader would fetch one batch ahead of the cursor.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -32,6 +34,9 @@ from helios.errors import LaunchError
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
 
+_EXIT_S = 0.2
+
+
 class Engine:
     """Placement, precision, accumulation and agreement, by Accelerate.
 
@@ -40,6 +45,7 @@ class Engine:
     """
 
     _own: ClassVar[Accelerator | None] = None
+    _waits_at_exit: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -82,6 +88,11 @@ class Engine:
                 "sees one, so each would train alone; on CPUs pass `use_cpu=True` "
                 "under torchrun, or start with `accelerate launch`"
             )
+        if self.world_size > 1 and not Engine._waits_at_exit:
+            # A thread of gloo may still hold the last collective's tensors. To let go
+            # of them it needs Python, and aborts the process where that has ended.
+            Engine._waits_at_exit = True
+            atexit.register(time.sleep, _EXIT_S)
         if self.mixed_precision == "fp16" and self.device.type == "cpu":
             # Accelerate takes fp16 on the CPU and trains in fp32. torch can do it.
             accelerator.native_amp = True
@@ -227,7 +238,9 @@ class Engine:
             TypeError: it is neither.
         """
         others = _kinds_beside_tensors(values)
-        if others and not isinstance(values, list | tuple):
+        is_list = type(values) is list and not any(map(torch.is_tensor, values))
+        has_rows = self.rows is None or not is_list or len(values) == self.rows[0]
+        if others and not (is_list and has_rows):
             # Accelerate would gather the keys of a dict, without a word.
             raise TypeError(
                 "`gather_for_metrics` takes tensors, alone or in lists, tuples and "

@@ -285,7 +285,7 @@ def _say(found: Found, known: dict[str, Any], given: Mapping[str, int]) -> None:
 
 def _files(folder: Path, first: str) -> list[Path]:
     """The files of one kind of objects, in their order."""
-    found = []
+    found = list[Path]()
     while (path := folder / _numbered_file(first, len(found))).exists():
         found.append(path)
     return found

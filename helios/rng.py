@@ -12,6 +12,13 @@ from numpy.typing import NDArray
 from helios.errors import ResumeError
 
 _MASK = 0xFFFF_FFFF_FFFF_FFFF
+#: What draws random numbers, and has a state of its own.
+GENERATORS = (
+    torch.Generator,
+    np.random.Generator,
+    np.random.RandomState,
+    random.Random,
+)
 _spare = np.random.MT19937(0)  # stands in for numpy's generator; 80 µs to make one
 
 
@@ -56,6 +63,40 @@ def get_default_seed() -> int:
 def get_default_numpy_rng() -> np.random.Generator:
     """Return a new generator, seeded with the default seed."""
     return np.random.default_rng(get_default_seed())
+
+
+def generator_state(generator: Any) -> Any:
+    """The state of one of `GENERATORS`, as a plain tree."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    if isinstance(generator, np.random.RandomState):
+        return generator.get_state(legacy=False)
+    return generator.getstate()
+
+
+def set_generator_state(generator: Any, state: Any) -> None:
+    """Set what `generator_state` returned."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
+
+
+def seed_generator(generator: Any, key: int) -> None:
+    """Seed one of `GENERATORS` with a key in [0, 2**64)."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(key)
+    elif isinstance(generator, np.random.Generator):
+        state = type(generator.bit_generator)(key).state
+        generator.bit_generator.state = state
+    elif isinstance(generator, np.random.RandomState):
+        generator.seed(key & 0xFFFF_FFFF)
+    else:
+        generator.seed(key)
 
 
 def seed_rngs(seed: int) -> None:

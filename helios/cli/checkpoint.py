@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import click
 # Helios's own modules are imported in the commands: `helios --help` must not wait for
 # torch.
 
-_ROOT = click.argument("root", type=click.Path(exists=True, path_type=Path))
-_PATH = click.argument("path", type=click.Path(exists=True, path_type=Path))
+_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+_ROOT = click.argument("root", type=_FOLDER)
+_PATH = click.argument("path", type=_FOLDER)
 _JSON = click.option("--json", "as_json", is_flag=True, help="For other programs.")
 
 
@@ -46,7 +48,7 @@ def list_(root: Path, as_json: bool) -> None:
         for path, record in _found(root).items()
     ]
     if as_json:
-        click.echo(json.dumps(rows))
+        _print_json(rows)
         return
     if not rows:
         click.echo("no checkpoints")
@@ -85,7 +87,7 @@ def show(path: Path, tensors: bool, as_json: bool) -> None:
     }
     record["created"] = record["created"].isoformat()
     if as_json:
-        click.echo(json.dumps(record))
+        _print_json(record)
         return
     click.echo(f"{path}, created {record['created']}, format {record['format']}")
     for title in ("progress", "metrics", "identity"):
@@ -116,7 +118,7 @@ def verify(root: Path, as_json: bool) -> None:
     from helios.errors import CheckpointError
 
     paths = [root] if _is_checkpoint(root) else []
-    for folder in [] if paths else [root, *sorted(root.glob("[!.]*/"))]:
+    for folder in [] if paths else _folders(root):
         paths += CheckpointStore(folder).candidates()
     report: dict[str, dict[str, str]] = {}
     for path in tqdm(paths, desc="verifying", leave=False, disable=None, delay=1):
@@ -131,14 +133,14 @@ def verify(root: Path, as_json: bool) -> None:
         for file, why in damage.items():
             click.echo(f"  {file}: {why}")
     if not report:
-        raise click.ClickException(f"there is no checkpoint in {root}")
+        raise click.UsageError(f"there is no checkpoint in {root}")
     if any(report.values()):
         raise click.exceptions.Exit(1)
 
 
 @checkpoint.command()
-@click.argument("first", type=click.Path(exists=True, path_type=Path))
-@click.argument("second", type=click.Path(exists=True, path_type=Path))
+@click.argument("first", type=_FOLDER)
+@click.argument("second", type=_FOLDER)
 @click.option("--most", default=20, show_default=True, help="Lines to print.")
 @_JSON
 def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
@@ -158,7 +160,7 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
             if missing:
                 found.append((group, f"not in {missing[0]}", ""))
                 continue
-            left, right = one.tree(group), two.tree(group)
+            left, right = (c.tree(group, has_classes=False) for c in (one, two))
             found += islice(differences(left, right, group), most + 1)
         for name in ("progress", "metrics"):
             pair = [dict(c.record.get(name, {})) for c in (one, two)]
@@ -191,8 +193,7 @@ def prune(root: Path, keep_last: int, dry_run: bool) -> None:
     """
     from helios.checkpoint import CheckpointStore, find_damage
 
-    folders = [root, *sorted(root.glob("[!.]*/"))]
-    for folder in [f for f in folders if f is root or not f.is_symlink()]:
+    for folder in _folders(root):
         store, whole = CheckpointStore(folder), 0
         for path in store.list():
             if whole < keep_last:
@@ -313,10 +314,28 @@ def _found(root: Path) -> dict[Path, dict[str, Any]]:
     from helios.checkpoint import CheckpointStore
 
     found = dict[Path, dict[str, Any]]()
-    for folder in (root, *root.glob("[!.]*/")):
+    for folder in _folders(root):
         found |= CheckpointStore(folder).records()
     newest_first = sorted(found.items(), key=lambda f: f[1]["created"], reverse=True)
     return dict(newest_first)
+
+
+def _folders(root: Path) -> list[Path]:
+    """A folder and its folders; a link is another name of one, such as "latest"."""
+    return [root, *(p for p in sorted(root.glob("[!.]*/")) if not p.is_symlink())]
+
+
+def _print_json(value: Any) -> None:
+    """Print it as JSON, which has no NaN and no infinity: null is in their place."""
+    click.echo(json.dumps(_finite(value)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_finite(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _size(count: float) -> str:

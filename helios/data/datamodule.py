@@ -188,8 +188,9 @@ class DataModule(abc.ABC):
         facts: dict[str, Any] = {}
         if type(self).train_dataloader is not DataModule.train_dataloader:
             if (loader := loader_of(self.train_dataloader(), "training")) is not None:
-                # Nobody keeps the number of its streams for it.
-                own = {**loader.identity, "streams": loader.plan.streams}
+                own = dict(loader.identity)
+                if f"train {self._phase}" not in self._streams:  # else they are kept
+                    own["streams"] = loader.plan.streams
                 facts = {f"{name} of `train_dataloader`": v for name, v in own.items()}
             return facts
         for i, phase in enumerate(self._phases()):

@@ -5,29 +5,31 @@ from __future__ import annotations
 import signal
 import threading
 import types
-from collections.abc import Callable
 from multiprocessing import popen_fork, popen_forkserver
 from typing import Any
 
 from torch.utils.data._utils import signal_handling
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from helios.data import fetching
 
-# Where an exception would be lost, or what the system has just told of a child.
-_LOSING = {
-    fetching.kill_workers.__code__,
-    _MultiProcessingDataLoaderIter.__del__.__code__,
-    popen_fork.Popen.poll.__code__,
-    popen_forkserver.Popen.poll.__code__,
-}
+# Where an exception is lost, and where it takes along what the system told of a child.
+_LOSING_NAMES = ("__del__", fetching.kill_workers.__name__)
+_LOSING_CODE = (popen_fork.Popen.poll.__code__, popen_forkserver.Popen.poll.__code__)
 
 
 def _loses(frame: types.FrameType | None) -> bool:
     """Whether a signal's handler must not raise where the signal has come."""
-    while frame is not None and frame.f_code not in _LOSING:
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name in _LOSING_NAMES or code in _LOSING_CODE:
+            return True
         frame = frame.f_back
-    return frame is not None
+    return False
+
+
+def _check_workers() -> None:
+    """Raise torch's RuntimeError for a worker that has died, once."""
+    signal_handling._error_if_any_worker_fails()  # type: ignore[attr-defined]
 
 
 class _Deaths:
@@ -38,30 +40,42 @@ class _Deaths:
     """
 
     def __init__(self) -> None:
-        self._report: Callable[..., Any] | None = None
+        self._users: Any = None
         self._is_fetching = self._is_pending = False
 
+    def note_handler(self) -> None:
+        """Note the user's handler, before torch puts its own in the place of that."""
+        if not signal_handling._SIGCHLD_handler_set:  # it does so once
+            self._users = signal.getsignal(signal.SIGCHLD)
+
     def watch(self) -> None:
-        """Take the place of the handler that torch installs with its first worker."""
+        """Take the place of torch's handler."""
         if threading.current_thread() is not threading.main_thread():
             return
-        handler: Any = signal.getsignal(signal.SIGCHLD)
-        # A user's is left alone: it may pass the signal on to this one.
+        # One that a user has set since is left alone: it may pass the signal on.
+        handler = signal.getsignal(signal.SIGCHLD)
         if getattr(handler, "__module__", None) == signal_handling.__name__:
-            self._report = handler
             signal.signal(signal.SIGCHLD, self._on_child)
 
     def _on_child(self, number: int, frame: Any) -> None:
-        if self._is_fetching and self._report is not None and not _loses(frame):
-            self._report(number, frame)
+        if callable(self._users):
+            self._users(number, frame)
+        if self._is_fetching and not _loses(frame):
+            _check_workers()
         else:
             self._is_pending = True
 
     def __enter__(self) -> None:
-        if self._is_pending and self._report is not None:
+        if self._is_pending:
             self._is_pending = False
-            self._report(signal.SIGCHLD, None)
+            _check_workers()
         self._is_fetching = True
+
+    def forget(self, iterator: Any) -> None:
+        """Take the workers of an iterator for ended: nothing is raised for them."""
+        if iterator._worker_pids_set:
+            signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
+            iterator._worker_pids_set = False
 
     def __exit__(self, *_: object) -> None:
         self._is_fetching = False

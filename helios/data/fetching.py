@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing import reduction
 from typing import Any, NoReturn
@@ -92,6 +93,8 @@ class SeededDataset(data.Dataset[Any]):
                 return [self._fetch(batch)]
             with isolated_rng(batch.key):
                 return [self._fetch(batch)]
+        except Exception as error:
+            raise sendable(error) from error.__cause__
         finally:
             forget_key()
 
@@ -119,6 +122,18 @@ class SeededDataset(data.Dataset[Any]):
         except Exception as error:
             shapes = f"with the shapes {_shapes(indices, items)}"
             _fail(error, f"in collating samples {shorten(indices)} {shapes}", batch)
+
+
+def sendable(error: Exception) -> Exception:
+    """The error, or a DataError where a worker could not send it: it would hang."""
+    if data.get_worker_info() is None:
+        return error
+    try:
+        reduction.ForkingPickler.dumps(type(error))
+    except Exception:
+        text = "".join(traceback.format_exception(error))
+        return DataError(f"{type(error).__name__}, which cannot be pickled:\n{text}")
+    return error
 
 
 def _fetches_batches(dataset: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import operator
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -121,6 +122,7 @@ class ResumableDataLoader(DataLoader[Any]):
             open_ones = enumerate(asked, iterator._rcvd_idx)
             mine = [one for i, one in open_ones if i % self.num_workers == number]
             what = ", then ".join(map(self.plan.describe, mine)) or "nothing"
+            deaths.forget(iterator)
             fetching.kill_workers(workers)
             self._iterator = None
             raise DataError(
@@ -132,6 +134,7 @@ class ResumableDataLoader(DataLoader[Any]):
     def _get_iterator(self) -> Any:
         if self.multiprocessing_context is not None:
             resource_tracker.ensure_running()  # its start would unblock the signals
+        deaths.note_handler()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, fetching.IGNORED_SIGNALS)
         try:
             iterator = super()._get_iterator()
@@ -224,8 +227,9 @@ def _batches(
     with contextlib.suppress(TypeError):
         length = len(sampler)
     if not length:
-        kind = type(dataset).__name__
-        raise DataError(f"the data set is empty: {kind} has a length of 0, or none")
+        what = "sampler" if params.sampler else "data set"
+        kind = type(params.sampler or dataset).__name__
+        raise DataError(f"the {what} is empty: {kind} has a length of 0, or none")
     gives_batches = replay.yields_batches(sampler)
     if gives_batches and params.batch_size != 1:
         raise ValueError(
@@ -275,6 +279,7 @@ def _sampler(
     if sampler is None or sampler is kinds.SEQUENTIAL:
         return samplers.ResumableSequentialSampler(dataset, seed=seed)
     if isinstance(sampler, samplers.ResumableSampler):
+        sampler = copy.copy(sampler)  # another loader may have it too
         if not sampler.has_seed:
             sampler.seed = seed
         return sampler

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import BatchSampler, DistributedSampler, Sampler
 
 from helios import rng
@@ -17,12 +14,6 @@ from helios.data.samplers import ResumableSampler
 from helios.errors import DataError, ResumeError
 
 _DRAWN_AHEAD = 1024  # what a user's sampler is asked for at once
-_GENERATORS = (
-    torch.Generator,
-    random.Random,
-    np.random.RandomState,
-    np.random.Generator,
-)
 
 
 class ReplayedSampler(ResumableSampler):
@@ -50,7 +41,8 @@ class ReplayedSampler(ResumableSampler):
 
     def order(self, epoch: int, start: int) -> Iterator[Any]:
         key = rng.derive_key(self.seed, epoch)
-        items = draw_apart(lambda: self._replay(epoch, key), key)
+        generators = [p for p in _parts(self.sampler) if isinstance(p, rng.GENERATORS)]
+        items = draw_apart(lambda: self._replay(epoch, key), key, generators)
         begin = list(islice(items, _DRAWN_AHEAD))
         found = zlib.crc32(repr([_plain(item) for item in begin]).encode())
         expected, self.expected = self.expected, None
@@ -91,14 +83,8 @@ class ReplayedSampler(ResumableSampler):
         # The inner ones first: what a sampler does with those inside of it counts more.
         for number, part in reversed(list(enumerate(_parts(self.sampler)))):
             own = rng.derive_key(key, number)
-            if isinstance(part, torch.Generator):
-                part.manual_seed(own)
-            elif isinstance(part, random.Random):
-                part.seed(own)
-            elif isinstance(part, np.random.RandomState):
-                part.seed(own & 0xFFFF_FFFF)
-            elif isinstance(part, np.random.Generator):
-                part.bit_generator.state = type(part.bit_generator)(own).state
+            if isinstance(part, rng.GENERATORS):
+                rng.seed_generator(part, own)
             elif hasattr(part, "set_epoch"):
                 part.set_epoch(epoch)
         yield from self.sampler
@@ -107,17 +93,24 @@ class ReplayedSampler(ResumableSampler):
         return len(self.sampler)  # type: ignore[arg-type]  # the TypeError is meant
 
 
-def draw_apart(make: Callable[[], Iterator[Any]], key: int) -> Iterator[Any]:
-    """Yield from a user's iterator, made and run under random numbers of its own."""
+def draw_apart(
+    make: Callable[[], Iterator[Any]], key: int, generators: Sequence[Any] = ()
+) -> Iterator[Any]:
+    """Yield from a user's iterator, made and run under random numbers of its own.
+
+    So are those of its `generators`, which others may use between two of its items.
+    """
     drawn: list[Any] = [None]
     state = items = None
     while drawn:
         with rng.isolated_rng(key):
             if state is not None:
-                rng.restore_rng(state)
+                rng.restore_rng(state[0])
+                for generator, own in zip(generators, state[1], strict=True):
+                    rng.set_generator_state(generator, own)
             items = make() if items is None else items
             drawn = list(islice(items, _DRAWN_AHEAD))
-            state = rng.capture_rng()
+            state = rng.capture_rng(), [*map(rng.generator_state, generators)]
         yield from drawn
 
 
@@ -138,7 +131,7 @@ def _parts(sampler: Any, seen: tuple[Any, ...] = ()) -> Iterator[Any]:
     yield sampler
     seen = (*seen, sampler)
     for name, member in getattr(sampler, "__dict__", {}).items():
-        if isinstance(member, _GENERATORS):
+        if isinstance(member, rng.GENERATORS):
             yield member
         elif isinstance(member, Sampler) or name in ("sampler", "batch_sampler"):
             if not any(member is one for one in seen):

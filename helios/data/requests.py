@@ -113,7 +113,8 @@ class StreamRequests(Plan):
         }
 
     def replayed(self) -> tuple[int, float]:
-        again = [p for p in self._parts if not (p.is_done or p.states)]
+        found = [(p, p.states or {"start": None}) for p in self._parts]
+        again = [p for p, states in found if not p.is_done and "start" in states]
         return sum(p.position for p in again), sum(p.seconds for p in again)
 
     def _begin(self, epoch: int) -> None:
@@ -125,7 +126,8 @@ class StreamRequests(Plan):
 def _next_epoch(part: Part) -> Part:
     """Where an epoch begins: as the data set's own state says, if it has one."""
     states = part.states or {}
-    if "dataset" not in states:
-        return Part()
-    owner = "dataset" if part.is_done else "unfinished"
-    return Part(states={owner: states["dataset"]})
+    if part.is_done and "dataset" in states:
+        return Part(states={"dataset": states["dataset"]})
+    # Another rank has ended the epoch.
+    state = states.get("unfinished", states.get("dataset"))
+    return Part() if state is None else Part(states={"unfinished": state})

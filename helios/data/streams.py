@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch.utils import data
 from torch.utils.data._utils import worker as torch_worker
 
-from helios.data.fetching import shape_of
+from helios.data.fetching import sendable, shape_of
 from helios.data.packages import (
     computes_ahead,
     has_drawn,
@@ -39,6 +39,7 @@ from helios.errors import DataError, ResumeError
 from helios.rng import isolated_rng
 
 _END: Any = object()
+_OWNERS = {"dataset", "epoch", "unfinished", "start"}
 
 
 class Part(NamedTuple):
@@ -47,7 +48,8 @@ class Part(NamedTuple):
     position: int = 0  # samples
     #: Of the "dataset" and the "iterator"; "epoch": of a data set whose next epoch does
     #: not depend on it; "unfinished": of the data set in an epoch that another rank has
-    #: ended. None: all is read again to get there.
+    #: ended; "start": of the data set when the epoch began. With that, and with None,
+    #: all is read again to get there.
     states: dict[str, Any] | None = None
     is_done: bool = False
     seconds: float = 0.0  # that reading took
@@ -136,6 +138,9 @@ class StreamedDataset(data.Dataset[Any]):
                 return [self._answer(request)]
             with isolated_rng(request.key):
                 return [self._answer(request)]
+        except Exception as error:
+            torch_worker._worker_info = before
+            raise sendable(error) from error.__cause__
         finally:
             torch_worker._worker_info = before
             forget_key()
@@ -191,7 +196,8 @@ class _Stream:
         self._key, self._epoch = request.key, request.epoch
         self._part = request.start or Part()
         self._iterator: Any = None
-        self._last: Any = None
+        self._last = self._start = None
+        self._is_begun_twice = False
         self._is_watched = computes_ahead(dataset)
         self._number = shard * settings.world_size + settings.rank
         self._info: ShardInfo | None = None
@@ -231,9 +237,12 @@ class _Stream:
     def _begin(self, part: Part) -> None:
         """Make the iterator, and bring it to where the part is."""
         dataset, states = self._dataset, part.states or self._initial
-        if "unfinished" in states and hasattr(dataset, "set_epoch"):
-            states = self._initial  # where it was in the order of another epoch
         position = part.position if part.states else 0
+        if "start" in states:
+            states, position = {"start": states["start"]}, 0
+        elif "unfinished" in states and hasattr(dataset, "set_epoch"):
+            states = self._initial  # where it was in the order of another epoch
+        self._start = next((states[o] for o in _OWNERS if o in states), None)
         torch_worker._worker_info = self._info  # type: ignore[assignment]
         self._seed(position)  # some read the first sample already
         # A new epoch has its own number, whatever an old state says.
@@ -253,7 +262,7 @@ class _Stream:
             self._replay(part)
 
     def _load(self, states: dict[str, Any]) -> None:
-        for owner in states.keys() & {"dataset", "epoch", "unfinished"}:
+        for owner in states.keys() & _OWNERS:
             self._dataset.load_state_dict(copy.deepcopy(states[owner]))
 
     def _seed(self, position: int) -> None:
@@ -263,7 +272,7 @@ class _Stream:
         seed_for(self._key, stream, position, 1)
 
     def _replay(self, part: Part) -> None:
-        self._part = Part()
+        self._part = Part(states=part.states)
         while self._part.position < part.position:
             if self._next() is _END:
                 raise ResumeError(
@@ -276,11 +285,14 @@ class _Stream:
     def _saved(self) -> dict[str, Any] | None:
         """The states of data set and iterator; None where they do not say all."""
         dataset, states = self._dataset, dict[str, Any]()
-        if self._is_replayed:
-            return None
         if has_state(dataset):
             owner = "epoch" if is_of_datasets(dataset) else "dataset"
             states[owner] = copy.deepcopy(dataset.state_dict())
+        if self._is_replayed:
+            # The next epoch may depend on how this one came to its end.
+            if "dataset" not in states or self._part.is_done:
+                return states if "dataset" in states else None
+            return {"start": self._start, "unfinished": states["dataset"]}
         if has_state(self._iterator):
             states["iterator"] = copy.deepcopy(self._iterator.state_dict())
         return states or None
@@ -346,9 +358,13 @@ class _Stream:
             item = next(self._iterator)
         except StopIteration:
             if position == 0 and self._part.states:
-                # An earlier epoch left it at its end.
-                self._part = Part()
-                self._begin(self._part)
+                # An earlier epoch left it at its end; some say so once, others always.
+                if self._is_begun_twice:
+                    self._part = Part()
+                    self._begin(self._part)
+                else:
+                    self._is_begun_twice = True
+                    self._iterator = iter(self._dataset)
                 return self._next()
             self._learn_kind()
             self._part = self._part._replace(is_done=True)

@@ -7,14 +7,13 @@ A path is the attribute's name, with keys and positions of containers behind a d
 from __future__ import annotations
 
 import dataclasses
-import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
 
+from helios import rng
 from helios.engine import inner_optimizer, is_scheduler
 from helios.errors import ResumeError
 
@@ -98,22 +97,16 @@ class Holdings:
 def _get(value: Any) -> Any:
     if isinstance(value, nn.Parameter):
         return value.detach()
-    if isinstance(value, torch.Generator):
-        return value.get_state()
-    if isinstance(value, np.random.Generator):
-        return value.bit_generator.state
-    return value.getstate() if isinstance(value, random.Random) else value.state_dict()
+    if isinstance(value, rng.GENERATORS):
+        return rng.generator_state(value)
+    return value.state_dict()
 
 
 def _set(value: Any, state: Any) -> None:
     if isinstance(value, nn.Parameter):
         value.data.copy_(state)
-    elif isinstance(value, torch.Generator):
-        value.set_state(state)
-    elif isinstance(value, np.random.Generator):
-        value.bit_generator.state = state
-    elif isinstance(value, random.Random):
-        value.setstate(state)
+    elif isinstance(value, rng.GENERATORS):
+        rng.set_generator_state(value, state)
     else:
         value.load_state_dict(state)
     if isinstance(value, torch.optim.Optimizer):
@@ -176,7 +169,7 @@ def find(attributes: Mapping[str, Any]) -> Holdings:
 
 
 def _has_state(value: Any) -> bool:
-    if isinstance(value, torch.Generator | np.random.Generator | random.Random):
+    if isinstance(value, rng.GENERATORS):
         return True
     names = ("state_dict", "load_state_dict")
     return all(callable(getattr(value, name, None)) for name in names)

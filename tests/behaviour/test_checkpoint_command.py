@@ -1,6 +1,8 @@
 """`helios checkpoint`, on checkpoints of real runs."""
 
+import enum
 import json
+import sys
 
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_verify_names_what_is_damaged(root):
 
 def test_verify_of_a_folder_without_any_is_an_error(tmp_path):
     result = run("verify", tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "there is no checkpoint" in result.output
 
 
@@ -118,6 +120,43 @@ def test_diff_with_a_damaged_one_is_an_error(root):
     result = run("diff", at(root, 1), at(root, 2))
     assert result.exit_code == 2
     assert "it is altered" in result.output
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Coloured(IdModel):
+    """Has a value of a class of its own, and logs what is no number."""
+
+    def user_state_dict(self):
+        return {"colour": Colour.RED}
+
+    def on_training_batch_end(self, state, should_log=False):
+        super().on_training_batch_end(state, should_log)
+        self.log("bad", float("nan"))
+
+
+def test_classes_of_the_program_are_not_needed(tmp_path, monkeypatch):
+    options = {"train_unit": "iteration", "total_steps": 2, "chkpt_frequency": 1}
+    options["print_frequency"] = 1
+    train(Coloured(), IndexData(), tmp_path, **options)
+    monkeypatch.delattr(sys.modules[__name__], "Colour")
+    first, second = at(tmp_path, 1), at(tmp_path, 2)
+    found = run("diff", first, second)
+    assert found.exit_code == 1, found.output
+    assert "colour" not in found.output
+    assert run("diff", first, first).exit_code == 0
+    (row, _) = json.loads(run("list", tmp_path, "--json").output)
+    assert row["metrics"]["bad"] is None
+    (tmp_path / "latest").symlink_to(tmp_path / "ids")
+    assert len(json.loads(run("list", tmp_path, "--json").output)) == 2
+    assert len(json.loads(run("verify", tmp_path, "--json").output)) == 2
+
+
+@pytest.mark.parametrize("command", ["list", "show", "verify"])
+def test_file_in_the_place_of_a_folder_is_refused(command):
+    assert run(command, __file__).exit_code == 2
 
 
 def test_prune_deletes_the_older_ones(root):
@@ -148,7 +187,7 @@ def test_export_writes_the_weights_in_one_file(root, tmp_path):
     net.load_state_dict(load_file(out))
     assert load_file(at(root, 3) / "model.safetensors")["weight"].equal(net.weight)
     again = run("export", at(root, 2), out)
-    assert again.exit_code == 1
+    assert again.exit_code == 2
     assert "exists" in again.output
     damage(root, 1)
     broken = run("export", at(root, 1), tmp_path / "other.safetensors")

@@ -384,6 +384,7 @@ REPLAYED = {
     "drawn_batches": lambda: numbers().map(drawn).batch(2),
     "drawn_waiting": lambda: numbers().map(drawn_waiting),
     "nodes_in_batches": in_batches,
+    "shuffled_nodes_in_batches": lambda: shuffled_nodes_that_draw(),
 }
 
 
@@ -461,11 +462,23 @@ def shuffled_nodes():
     return nodes.Loader(nodes.Mapper(indices, lambda i: {"i": i}))
 
 
+def shuffled_nodes_that_draw():
+    from torchdata import nodes
+
+    indices = nodes.SamplerWrapper(data.RandomSampler(range(LENGTH)))
+    drawing = nodes.Mapper(indices, lambda i: {"i": i, "drawn": random.random()})
+    return nodes.Loader(nodes.Unbatcher(nodes.Batcher(drawing, 3, drop_last=False)))
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize(
     "kind",
-    [lambda: numbers().shuffle(seed=1, buffer_size=LENGTH), shuffled_nodes],
-    ids=["datasets", "nodes"],
+    [
+        lambda: numbers().shuffle(seed=1, buffer_size=LENGTH),
+        shuffled_nodes,
+        shuffled_nodes_that_draw,
+    ],
+    ids=["datasets", "nodes", "nodes that draw"],
 )
 def test_epochs_are_shuffled_anew(kind, num_workers):
     loader = make(kind(), num_workers=num_workers)

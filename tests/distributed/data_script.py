@@ -76,10 +76,18 @@ class Counting(IdModel):
         assert len(found["mean"]) == int(os.environ["WORLD_SIZE"])
         self.seen["tensors"] += self.gather_for_metrics(ids).tolist()
         self.seen["objects"] += self.gather_for_metrics([str(i) for i in ids.tolist()])
-        try:
-            self.gather_for_metrics({"ids": ids, "names": ["one"]})
-        except TypeError as error:
-            self.seen["refused"] = str(error)
+        self.seen["refused"] = []
+        names = [str(i) for i in ids.tolist()]
+        for value in (
+            {"ids": ids, "names": ["one"]},
+            (ids, names),
+            [ids, names],
+            [*names, "x"],
+        ):
+            try:
+                self.gather_for_metrics(value)
+            except TypeError as error:
+                self.seen["refused"].append(str(error))
 
 
 class Evaluated(helios.DataModule):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from itertools import chain
 
 import datasets
 import numpy as np
@@ -274,11 +275,37 @@ def test_params_choose_the_sampler(options, kind):
     assert contents((batch, batch) for batch in loader) == first[1:]
 
 
-def test_sampler_of_the_user_is_used_as_it_is():
-    sampler = Backwards(range(5))
-    loader, found = create_dataloader(Augmented(5), seed=1, sampler=sampler)
-    assert found is sampler
-    assert [int(batch[0, 0]) for batch in loader] == [4, 3, 2, 1, 0]
+def test_sampler_of_the_user_serves_several_loaders():
+    sampler = Backwards(range(8))
+    loaders = [
+        create_dataloader(Augmented(8), seed=1, sampler=sampler, batch_size=size)[0]
+        for size in (2, 4)
+    ]
+    for batch_size, loader in zip((2, 4), loaders, strict=True):
+        found = [batch[:, 0].tolist() for batch in loader]
+        assert [len(batch) for batch in found] == [batch_size] * (8 // batch_size)
+        assert list(chain(*found)) == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert sampler.batch_size == 1
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_error_whose_class_cannot_be_pickled_arrives(num_workers):
+    class Broken(Augmented):
+        def __getitem__(self, index):
+            raise type("NoSuchKey", (OSError,), {})("gone")
+
+    class BrokenStream(IterableDataset):
+        def __iter__(self):
+            yield 0
+            raise type("NoSuchKey", (OSError,), {})("gone")
+
+    for dataset in Broken(), BrokenStream():
+        loader, _ = create_dataloader(dataset, seed=1, num_workers=num_workers)
+        with pytest.raises((OSError, DataError)) as caught:
+            list(loader)
+        text = str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
+        assert "gone" in text
+        assert re.search(r"in sample [01] ", text)
 
 
 def test_random_seed_of_the_params_wins():
@@ -540,6 +567,28 @@ def test_handler_of_the_user_is_left_alone_and_may_pass_the_signal_on(
     heard.clear()
     signal.raise_signal(signal.SIGCHLD)
     assert heard == [signal.SIGCHLD]
+
+
+def test_handler_that_the_user_had_before_is_called_at_once():
+    script = """
+        import os, signal, subprocess, time
+        heard = []
+        signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
+        import torch
+        from torch.utils.data import TensorDataset
+        from helios.data import create_dataloader
+        dataset = TensorDataset(torch.arange(9))
+        loader, _ = create_dataloader(dataset, num_workers=1, collate_fn=list)
+        batches = iter(loader)
+        next(batches)
+        before = len(heard)
+        subprocess.run(["true"])
+        assert len(heard) == before + 1, heard
+        assert len(list(batches)) == 8
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_end_of_another_child_is_no_error(handler_of_children):

@@ -129,6 +129,23 @@ def orders(sampler, epochs):
     return [list(sampler.order(epoch, 0)) for epoch in epochs]
 
 
+class Drawing(Own):
+    """Draws each index when it is asked for."""
+
+    def __iter__(self):
+        return (int(torch.randint(N, (), generator=self.generator)) for _ in range(N))
+
+
+def test_generator_may_be_shared_with_other_samplers():
+    generator = torch_generator()
+    alone = orders(ReplayedSampler(Drawing(torch_generator()), seed=5), range(2))
+    order = ReplayedSampler(Drawing(generator), seed=5).order(0, 0)
+    found = list(itertools.islice(order, 10))
+    others = orders(ReplayedSampler(Drawing(generator), seed=6), range(2))
+    assert found + list(order) == alone[0]
+    assert others[0] != alone[0]
+
+
 @of_all
 def test_order_is_a_function_of_seed_and_epoch_and_can_be_entered_anywhere(make):
     one, two = ReplayedSampler(make(), seed=5), ReplayedSampler(make(), seed=5)

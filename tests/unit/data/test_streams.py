@@ -609,6 +609,36 @@ def test_epoch_that_another_rank_ended_is_gone_on_with_if_it_has_no_number(kind)
     assert sorted(indices(loader.fetch())) == whole(2)
 
 
+class Numbered(UncountedShards):
+    """Shuffles by a count of its own epochs."""
+
+    ended = 0
+
+    def __iter__(self):
+        yield from ((*item, self.ended) for item in super().__iter__())
+        self.ended += 1
+
+    def state_dict(self):
+        return {**super().state_dict(), "ended": self.ended}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.ended = state["ended"]
+
+
+def test_epoch_that_is_ended_at_its_last_sample_is_not_begun_again():
+    loader = make(Numbered(), batch_size=LENGTH, streams=1)
+    for epoch in range(3):
+        (batch,) = loader.fetch()
+        numbers = {item[-1] for item in batch.data[0]}
+        assert numbers == {epoch}
+        # As where another rank has ended the epoch: the end was not read.
+        fresh = make(Numbered(), batch_size=LENGTH, streams=1)
+        fresh.seek(epoch + 1, 0, stored(fresh.plan.next_epoch(batch.cursor)))
+        (following,) = fresh.fetch()
+        assert {item[-1] for item in following.data[0]} == {epoch + 1}
+
+
 class Sharded(Shards):
     """Says how many shards it has, as `datasets` does."""
 
