@@ -214,12 +214,18 @@ class Saver:
 
     def _commit(self, folder: Path, name: str, record: dict[str, Any]) -> None:
         best, others = self._options.keep_best, self.store.records()
+        replaced = others.pop(self.store.root / name, None)
+        found = {self.store.root / name: record, **others}
+        marks = dict.fromkeys(found, False)
         if best is not None:
-            final = self.store.root / name
-            others.pop(final, None)  # it is replaced
-            record["is_best"] = final in best.best({final: record, **others})[:1]
-        path = self.store.commit(folder, name, record)
-        self._prune(path)
+            marks |= dict.fromkeys(best.best(found)[:1], True)
+            record["is_best"] = marks[self.store.root / name]
+        known = {**others, folder: replaced} if replaced else others
+        path = self.store.commit(folder, name, record, known)
+        for older, values in others.items() if best is not None else ():
+            if bool(values.get("is_best")) != marks[older]:
+                self.store.amend(older, is_best=marks[older])
+        self._prune(found)
         try:
             hooks = self._session.callbacks
             for hook in overridden(hooks, Callback.on_checkpoint_saved):
@@ -227,11 +233,12 @@ class Saver:
         except BaseException as error:  # the user's, not the disk's
             self._hook_error = error
 
-    def _prune(self, newest: Path) -> None:
-        options, found = self._options, self.store.records()
+    def _prune(self, found: Mapping[Path, Mapping[str, Any]]) -> None:
+        """Delete those that need not stay, of these; the newest come first."""
+        options = self._options
         if options.keep_last is None:
             return
-        kept = {newest, *list(found)[: options.keep_last]}
+        kept = set(list(found)[: options.keep_last])
         if options.keep_best is not None:
             kept |= set(options.keep_best.best(found))
         if options.keep_every is not None:

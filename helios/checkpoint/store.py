@@ -180,30 +180,23 @@ class CheckpointStore:
             os.fsync(out.fileno())
         return {file: {"group": group, **entry}}
 
-    def commit(self, folder: Path, name: str, record: Mapping[str, Any]) -> Path:
+    def commit(
+        self,
+        folder: Path,
+        name: str,
+        record: Mapping[str, Any],
+        others: Mapping[Path, Mapping[str, Any]] | None = None,
+    ) -> Path:
         """Make ``folder`` the checkpoint ``name``, in the place of one of that name.
 
         ``record`` has ``trees``, ``files`` (what :meth:`write_group` returned, of all
-        groups and ranks), and what else it is to hold.
+        groups and ranks), and what else it is to hold. ``others`` is what
+        :meth:`records` gives, for those who have asked already.
         """
-        after = [
-            r["created"] + timedelta(microseconds=1) for r in self.records().values()
-        ]
+        known = self.records() if others is None else others
+        after = [r["created"] + timedelta(microseconds=1) for r in known.values()]
         now = max([datetime.now(UTC), *after])
-        head = {"format": FORMAT, "created": now.isoformat()}
-        # Not escaped: JSON takes two escaped lone surrogates for one character.
-        text = json.dumps({**head, **record}, ensure_ascii=False)
-        body = text.encode(errors="surrogatepass")
-        if len(body) > MAX_RECORD_BYTES:
-            raise CheckpointError(
-                f"the state's plain values take {len(body) >> 20} MiB, of at most "
-                f"{MAX_RECORD_BYTES >> 20}; keep long lists of numbers as arrays"
-            )
-        with open(folder / RECORD, "xb") as out:
-            checksum = b"crc32:%08x" % zlib.crc32(body)
-            out.write(b'{"checksum": "%s", "record": %s}\n' % (checksum, body))
-            out.flush()
-            os.fsync(out.fileno())
+        _write_record(folder / RECORD, {"format": FORMAT, "created": now, **record})
         _sync_folder(folder)
         final, aside = self.root / name, self.root / f"{name}.replaced"
         if final.exists():
@@ -213,6 +206,14 @@ class CheckpointStore:
         if aside.exists():
             self.remove(aside)
         return final
+
+    def amend(self, path: Path, **values: Any) -> None:
+        """Change values of a record, as a whole."""
+        partial = path / f".{RECORD}"
+        partial.unlink(missing_ok=True)
+        _write_record(partial, {**_read_record(path), **values})
+        os.replace(partial, path / RECORD)
+        _sync_folder(path)
 
     def records(self) -> dict[Path, dict[str, Any]]:
         """The checkpoints with a readable record, newest first, and the records."""
@@ -305,6 +306,22 @@ def find_damage(path: str | Path) -> dict[str, str]:
         except _DAMAGE as error:
             found[name] = str(error)
     return found
+
+
+def _write_record(path: Path, record: Mapping[str, Any]) -> None:
+    record = {**record, "created": record["created"].isoformat()}
+    # Not escaped: JSON takes two escaped lone surrogates for one character.
+    body = json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass")
+    if len(body) > MAX_RECORD_BYTES:
+        raise CheckpointError(
+            f"the state's plain values take {len(body) >> 20} MiB, of at most "
+            f"{MAX_RECORD_BYTES >> 20}; keep long lists of numbers as arrays"
+        )
+    with open(path, "xb") as out:
+        checksum = b"crc32:%08x" % zlib.crc32(body)
+        out.write(b'{"checksum": "%s", "record": %s}\n' % (checksum, body))
+        out.flush()
+        os.fsync(out.fileno())
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -347,7 +347,7 @@ class Crash(BaseException):
     """The process ends here: nothing may catch it."""
 
 
-OPERATIONS = ("mkdir", "makedirs", "rename", "fsync", "open", "rmtree")
+OPERATIONS = ("mkdir", "makedirs", "rename", "replace", "fsync", "open", "rmtree")
 
 
 class Disk:
@@ -470,6 +470,27 @@ def test_a_crash_at_any_operation_of_a_save_leaves_a_whole_checkpoint(
         assert {path.name for path in root.iterdir()} <= {"same", "new"}
     assert outcomes == {1, 2}
     assert fail_at > 18
+
+
+def test_a_crash_at_any_operation_of_a_change_of_the_record_leaves_one_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at, has_ended = 0, False
+    store = CheckpointStore(tmp_path)
+    path = write(store, "a", 1)
+    created = store.records()[path]["created"]
+    outcomes = []
+    while not has_ended:
+        fail_at += 1
+        disk = Disk(fail_at, Crash())
+        has_ended = with_disk(monkeypatch, disk, lambda: store.amend(path, mark=True))
+        assert find_damage(path) == {}
+        record = store.records()[path]
+        assert (record["created"], found(tmp_path)) == (created, 1)
+        outcomes.append(record.get("mark", False))
+        if not has_ended:
+            store.amend(path, mark=False)
+    assert outcomes == [False] * 4 + [True] * 3
 
 
 def test_two_crashes_in_a_row_while_replacing_leave_a_whole_checkpoint(
