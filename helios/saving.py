@@ -105,7 +105,7 @@ class Saver:
         self._background = BackgroundWriter()
         self._hook_error: BaseException | None = None
         self._saved_at: tuple[int, int] | None = None
-        self._is_requested = False
+        self._is_requested = self._is_prepared = False
         self._saved_s = self._looked_s = clock()
 
     def request(self) -> None:
@@ -114,6 +114,10 @@ class Saver:
 
     def wants(self) -> bool:
         """Whether this rank wants to save now, whatever the schedule says."""
+        if not self._is_prepared:  # after the first step the optimizers have a state
+            self._is_prepared = True
+            if self._saved_at != self._position():
+                self._background.prepare(self._session._encode()[0].files)
         now_s, interval_s = self._clock(), self._options.chkpt_interval_s
         if self._session.engine.is_main:
             if now_s - self._looked_s >= _LOOK_EVERY_S:

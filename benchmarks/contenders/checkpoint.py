@@ -21,12 +21,20 @@ def helios(state, verify=True):
 
     writer = BackgroundWriter()
 
-    def save(folder):
+    def encode():
         encoder = Encoder()
         trees = {
             "model": encoder.encode(state.model.state_dict(), file="model"),
             "training": encoder.encode(state.optimizer.state_dict(), file="training"),
         }
+        return encoder, trees
+
+    # A run does so after its first step.
+    writer.prepare(encode()[0].files)
+    writer.wait()
+
+    def save(folder):
+        encoder, trees = encode()
         files = writer.snapshot(encoder.files)
         store = CheckpointStore(Path(folder))
 

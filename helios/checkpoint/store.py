@@ -66,6 +66,7 @@ _DAMAGE = (
 )
 
 Report: TypeAlias = Callable[[str], None]
+Advance: TypeAlias = Callable[[int], object]  # `abs` does nothing
 
 
 @dataclass(frozen=True)
@@ -270,10 +271,13 @@ def find_last_checkpoint(root: str | Path) -> Path | None:
     return max(found, key=lambda path: _read_record(path)["created"], default=None)
 
 
-def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
+def read_checkpoint(
+    path: str | Path, *, verify: bool = True, advance: Advance = abs
+) -> Checkpoint:
     """Open a checkpoint, whose tensors are then read where they are used.
 
     `verify=False` compares the sizes of its files only, and not their checksums.
+    `advance` is called with the number of bytes that have been compared since.
 
     Raises:
         CheckpointNotFoundError: ``path`` is none.
@@ -285,7 +289,10 @@ def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
         try:
             if Path(name).name != name:
                 raise ValueError("it is a file elsewhere")
-            (verify_file if verify else check_size)(path / name, entry)
+            if verify:
+                verify_file(path / name, entry, advance)
+            else:
+                check_size(path / name, entry)
             if name.endswith(SUFFIX):
                 tensors.setdefault(entry["group"], {}).update(map_tensors(path / name))
         except _DAMAGE as error:
@@ -293,8 +300,10 @@ def read_checkpoint(path: str | Path, *, verify: bool = True) -> Checkpoint:
     return Checkpoint(path, record, tensors)
 
 
-def find_damage(path: str | Path) -> dict[str, str]:
+def find_damage(path: str | Path, *, advance: Advance = abs) -> dict[str, str]:
     """What is wrong with each file of a checkpoint, by name; empty where it is whole.
+
+    `advance` as for `read_checkpoint`.
 
     Raises:
         CheckpointError: it is none, or its record cannot be read.
@@ -302,7 +311,7 @@ def find_damage(path: str | Path) -> dict[str, str]:
     found = {}
     for name, entry in _read_record(Path(path))["files"].items():
         try:
-            verify_file(Path(path) / name, entry)
+            verify_file(Path(path) / name, entry, advance)
         except _DAMAGE as error:
             found[name] = str(error)
     return found

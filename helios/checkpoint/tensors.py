@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,8 +97,12 @@ class _Summing:
         return {"size_bytes": self._size, "crc32": [*self._sums, *last]}
 
 
-def verify_file(path: Path, entry: Mapping[str, Any]) -> None:
+def verify_file(
+    path: Path, entry: Mapping[str, Any], advance: Callable[[int], object] = abs
+) -> None:
     """Compare a file with what `write_tensors` returned.
+
+    `advance` is called with the number of bytes that have been read since.
 
     Raises:
         ValueError: it is another file; the message says where.
@@ -112,6 +116,7 @@ def verify_file(path: Path, entry: Mapping[str, Any]) -> None:
             if saved != found:
                 end = start + CHUNK_BYTES
                 raise ValueError(f"it is altered, between the bytes {start} and {end}")
+            advance(min(CHUNK_BYTES, entry["size_bytes"] - start))
 
 
 def check_size(path: Path, entry: Mapping[str, Any]) -> None:

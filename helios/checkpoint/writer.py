@@ -23,6 +23,24 @@ class BackgroundWriter:
         self._error: BaseException | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
+    def prepare(self, files: Files) -> None:
+        """Make the buffers for such tensors, in the background.
+
+        The first copy would wait for new memory otherwise, for longer than it takes.
+        """
+        traits = {
+            (file, name): (live.shape, live.dtype, live.is_cuda)
+            for file, tensors in files.items()
+            for name, live in tensors.items()
+        }
+
+        def make() -> None:
+            for place, (shape, dtype, is_pinned) in traits.items():
+                buffer = torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
+                self._buffers[place] = buffer.zero_()
+
+        self.submit(make)
+
     def snapshot(self, files: Files) -> Files:
         """Copy live tensors, by file and name, to the host, once no job is in flight.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +114,6 @@ def show(path: Path, tensors: bool, as_json: bool) -> None:
 @_JSON
 def verify(root: Path, as_json: bool) -> None:
     """Compare all files with their checksums, and name what is damaged."""
-    from tqdm import tqdm
-
     from helios.checkpoint import CheckpointStore, find_damage
     from helios.errors import CheckpointError
 
@@ -121,11 +121,12 @@ def verify(root: Path, as_json: bool) -> None:
     for folder in [] if paths else _folders(root):
         paths += CheckpointStore(folder).candidates()
     report: dict[str, dict[str, str]] = {}
-    for path in tqdm(paths, desc="verifying", leave=False, disable=None, delay=1):
-        try:
-            report[str(path)] = find_damage(path)
-        except CheckpointError as error:
-            report[str(path)] = {"helios.json": str(error)}
+    with _bar(paths) as advance:
+        for path in paths:
+            try:
+                report[str(path)] = find_damage(path, advance=advance)
+            except CheckpointError as error:
+                report[str(path)] = {"helios.json": str(error)}
     if as_json:
         click.echo(json.dumps(report))
     for name, damage in {} if as_json else report.items():
@@ -151,7 +152,8 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
     from helios.differences import differences
 
     with _errors():
-        one, two = (read_checkpoint(path) for path in (first, second))
+        with _bar([first, second]) as advance:
+            one, two = (read_checkpoint(p, advance=advance) for p in (first, second))
         found = []
         groups = {**one.record["trees"], **two.record["trees"]}
         # "model" and "training" before the ranks.
@@ -197,7 +199,8 @@ def prune(root: Path, keep_last: int, dry_run: bool) -> None:
         store, whole = CheckpointStore(folder), 0
         for path in store.list():
             if whole < keep_last:
-                whole += not find_damage(path)
+                with _bar([path]) as advance:
+                    whole += not find_damage(path, advance=advance)
                 continue
             click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
             if not dry_run:
@@ -231,7 +234,8 @@ def export(path: Path, out: Path, accelerate: bool, shard_bytes: int | None) -> 
     partial = out.with_name(f".{out.name}.partial")
     try:
         with _errors():
-            found = read_checkpoint(path)
+            with _bar([path]) as advance:
+                found = read_checkpoint(path, advance=advance)
             if accelerate:
                 partial.mkdir()
                 left_out = interchange.to_accelerate(found, partial)
@@ -303,6 +307,17 @@ class _errors:  # noqa: N801  # used as a function is
 
         if isinstance(error, CheckpointError | OSError | ValueError):
             raise click.UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _bar(paths: Sequence[Path]) -> Iterator[Any]:
+    """Show how far the reading of checkpoints is, where it takes over a second."""
+    from tqdm import tqdm
+
+    total = sum(f.stat().st_size for path in paths for f in path.glob("*.safetensors"))
+    options: Any = {"total": total, "unit": "B", "unit_scale": True}
+    with tqdm(desc="reading", leave=False, disable=None, delay=1, **options) as bar:
+        yield bar.update
 
 
 def _is_checkpoint(path: Path) -> bool:

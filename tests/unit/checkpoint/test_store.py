@@ -532,7 +532,7 @@ from test_store import CheckpointStore, found, write
 root, last = Path(sys.argv[1]), 0
 random.seed(0)
 write(CheckpointStore(root), "c0", 0)
-for _ in range(25):
+for _ in range(int(sys.argv[3])):
     receive, send = os.pipe()
     pid = os.fork()
     if not pid:
@@ -555,16 +555,17 @@ for _ in range(25):
     last = found(root)
 write(CheckpointStore(root), "c0", last + 1)
 assert not [path for path in root.iterdir() if path.name.startswith(".")]
-print("killed", 25)
+print("killed", sys.argv[3])
 """
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.slow)])
 def test_a_writer_killed_at_any_moment_leaves_what_it_acknowledged(
-    tmp_path: Path,
+    tmp_path: Path, count: int
 ) -> None:
     here = Path(__file__).parent
     done = subprocess.run(
-        [sys.executable, "-c", SAVE_FOREVER, str(tmp_path), str(here)],
+        [sys.executable, "-c", SAVE_FOREVER, str(tmp_path), str(here), str(count)],
         cwd=here.parents[2],
         env={**os.environ, "PYTHONPATH": str(here.parents[2])},
         capture_output=True,
@@ -572,7 +573,7 @@ def test_a_writer_killed_at_any_moment_leaves_what_it_acknowledged(
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "killed 25\n"
+    assert done.stdout == f"killed {count}\n"
 
 
 # Shards.

@@ -19,6 +19,19 @@ def test_a_snapshot_does_not_follow_the_live_tensor() -> None:
     assert copy["s"].item() == 1
 
 
+def test_a_prepared_snapshot_is_copied_to_memory_that_is_there() -> None:
+    writer = BackgroundWriter()
+    live = {"a": torch.ones(3, 2), "b": torch.arange(4)}
+    writer.prepare({"f": live})
+    writer.wait()
+    places = {t.data_ptr() for t in writer._buffers.values()}
+    live["b"] = torch.arange(5)  # which has grown since
+    copies = writer.snapshot({"f": live})["f"]
+    assert all(copies[name].equal(live[name]) for name in live)
+    assert copies["a"].data_ptr() in places
+    assert copies["b"].data_ptr() not in places
+
+
 def test_overlapping_tensors_become_copies_of_their_own() -> None:
     row = torch.arange(3.0)
     live = {"a": row.expand(2, 3), "b": row, "c": row[1:], "d": row.unfold(0, 2, 1)}
