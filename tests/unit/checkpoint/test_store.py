@@ -1,7 +1,9 @@
 import contextlib
 import errno
+import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -829,6 +831,36 @@ def test_a_folder_in_place_of_a_file_is_noticed(tmp_path: Path, file: str) -> No
     (path / file).unlink()
     (path / file).mkdir()
     assert_noticed(path, file, "it is no plain file")
+
+
+class Evil:
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("file", ["x.safetensors", "helios.json", "model.bin"])
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_a_pickle_in_any_place_is_not_read(
+    tmp_path: Path, file: str, form: str
+) -> None:
+    evil = Evil(tmp_path / "made")
+    content = io.BytesIO()
+    torch.save(evil, content) if form == "torch" else pickle.dump(evil, content)
+    if file == "helios.json":
+        path = crafted(tmp_path, {"x.safetensors": EMPTY})
+        (path / file).write_bytes(content.getvalue())
+        assert_noticed(path, file)
+    elif file == "model.bin":  # beside the others, and with a checksum that is right
+        path = crafted(tmp_path, {"x.safetensors": EMPTY, file: content.getvalue()})
+        assert read_checkpoint(path).tensors == {"x": {}}
+    else:
+        assert_noticed(crafted(tmp_path, {file: content.getvalue()}), file)
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_record_nested_without_end_is_corrupt(tmp_path: Path) -> None:
