@@ -1,9 +1,11 @@
 """Models of many kinds, stopped after any batch, go on to the same bits."""
 
 import gc
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from support import IdModel, IndexData, RandomData, StopAt, digest, train
@@ -122,7 +124,24 @@ class Overflowing(Base):
         self.scheduler.step()
 
 
+class Drawing(Base):
+    """Adds noise from generators of its own, of every kind."""
+
+    def setup(self, for_inference=False):
+        super().setup()
+        self.torch = torch.Generator().manual_seed(1)
+        self.others = [np.random.default_rng(2), random.Random(3)]
+        self.older = {"numpy": np.random.RandomState(4)}
+
+    def train_step(self, batch, state):
+        numpy, python = self.others
+        noise = torch.randn((), generator=self.torch) + numpy.normal()
+        noise += python.gauss(0, 1) + self.older["numpy"].normal()
+        super().train_step([batch[0], batch[1] + noise.float(), batch[2]], state)
+
+
 KINDS = [
+    (Drawing, {}),
     (Unfreezing, {}),
     (Unfreezing, {"accumulation_steps": 2}),
     (Adversarial, {"accumulation_steps": 2}),
