@@ -48,6 +48,7 @@ LAYERS = {
     "data.fetching": 1,
     "data.deaths": 1,
     "data.packages": 1,
+    "data.parts": 1,
     "data.streams": 1,
     "data.requests": 1,
     "data.params": 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import threading
 import types
@@ -43,18 +44,17 @@ class _Deaths:
         self._users: Any = None
         self._is_fetching = self._is_pending = False
 
-    def note_handler(self) -> None:
-        """Note the user's handler, before torch puts its own in the place of that."""
-        if not signal_handling._SIGCHLD_handler_set:  # it does so once
-            self._users = signal.getsignal(signal.SIGCHLD)
-
     def watch(self) -> None:
         """Take the place of torch's handler."""
         if threading.current_thread() is not threading.main_thread():
             return
         # One that a user has set since is left alone: it may pass the signal on.
-        handler = signal.getsignal(signal.SIGCHLD)
+        handler: Any = signal.getsignal(signal.SIGCHLD)
         if getattr(handler, "__module__", None) == signal_handling.__name__:
+            # Of before the first worker: torch's handler would call it.
+            self._users = inspect.getclosurevars(handler).nonlocals.get(
+                "previous_handler"
+            )
             signal.signal(signal.SIGCHLD, self._on_child)
 
     def _on_child(self, number: int, frame: Any) -> None:

@@ -130,10 +130,13 @@ def sendable(error: Exception) -> Exception:
         return error
     try:
         reduction.ForkingPickler.dumps(type(error))
+        is_simple = not isinstance(error, ExceptionGroup)  # which torch cannot make
     except Exception:
-        text = "".join(traceback.format_exception(error))
-        return DataError(f"{type(error).__name__}, which cannot be pickled:\n{text}")
-    return error
+        is_simple = False
+    if is_simple:
+        return error
+    text = "".join(traceback.format_exception(error))
+    return DataError(f"{type(error).__name__}, which a worker cannot send:\n{text}")
 
 
 def _fetches_batches(dataset: Any) -> bool:

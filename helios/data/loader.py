@@ -20,8 +20,9 @@ from helios.data.batches import GivenBatches, Loaded, Plan, RankBatches, SampleB
 from helios.data.deaths import deaths
 from helios.data.packages import is_stream, streams_of
 from helios.data.params import WORKER_SETTINGS, DataLoaderParams
+from helios.data.parts import StreamSettings
 from helios.data.requests import StreamRequests
-from helios.data.streams import StreamedDataset, StreamSettings
+from helios.data.streams import StreamedDataset
 from helios.errors import DataError
 from helios.rng import get_default_seed
 
@@ -134,7 +135,6 @@ class ResumableDataLoader(DataLoader[Any]):
     def _get_iterator(self) -> Any:
         if self.multiprocessing_context is not None:
             resource_tracker.ensure_running()  # its start would unblock the signals
-        deaths.note_handler()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, fetching.IGNORED_SIGNALS)
         try:
             iterator = super()._get_iterator()

@@ -8,7 +8,7 @@ from typing import Any
 
 from helios import rng
 from helios.data.batches import Loaded, Plan
-from helios.data.streams import Part, StreamAnswer, StreamRequest, StreamSettings
+from helios.data.parts import Part, StreamAnswer, StreamRequest, StreamSettings
 from helios.errors import ResumeError
 
 

@@ -18,7 +18,7 @@ import contextlib
 import copy
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.utils import data
 from torch.utils.data._utils import worker as torch_worker
@@ -34,48 +34,14 @@ from helios.data.packages import (
     loses_samples,
     make_repeatable,
 )
+from helios.data.parts import Part, StreamAnswer, StreamRequest, StreamSettings
 from helios.data.seeding import forget_key, seed_for
 from helios.errors import DataError, ResumeError
 from helios.rng import isolated_rng
 
 _END: Any = object()
 _OWNERS = {"dataset", "epoch", "unfinished", "start"}
-
-
-class Part(NamedTuple):
-    """How far a stream has been read."""
-
-    position: int = 0  # samples
-    #: Of the "dataset" and the "iterator"; "epoch": of a data set whose next epoch does
-    #: not depend on it; "unfinished": of the data set in an epoch that another rank has
-    #: ended; "start": of the data set when the epoch began. With that, and with None,
-    #: all is read again to get there.
-    states: dict[str, Any] | None = None
-    is_done: bool = False
-    seconds: float = 0.0  # that reading took
-
-
-class StreamRequest(NamedTuple):
-    """What a loader's workers are sent; turn t is that of stream t % S, or batch t."""
-
-    seed: int
-    key: int  # of (seed, epoch): the same on all ranks
-    epoch: int
-    turn: int
-    run: int  # which iteration asks
-    kind: str | None  # "shards", "whole", None: not known yet
-    start: Part | None  # for the first ones of an iteration
-
-
-class StreamAnswer(NamedTuple):
-    """What a worker makes of a request: a batch, or the end of the stream."""
-
-    data: Any
-    rows: int  # 0: the end
-    real: int  # how many rows are no padding
-    is_full: bool  # whether all ranks have as many rows, none of them padded
-    kind: str
-    part: Part
+_STARTS = ("origin", *_OWNERS)
 
 
 class ShardInfo:
@@ -95,16 +61,6 @@ class ShardInfo:
     def num_workers(self) -> int:
         self.was_read = True
         return self._count
-
-
-class StreamSettings(NamedTuple):
-    """How the batches of a stream are cut; the same in all processes but for `rank`."""
-
-    batch_size: int  # of each rank
-    drop_last: bool
-    streams: int  # of each rank, if it is read in shards
-    rank: int
-    world_size: int
 
 
 class StreamedDataset(data.Dataset[Any]):
@@ -242,7 +198,8 @@ class _Stream:
             states, position = {"start": states["start"]}, 0
         elif "unfinished" in states and hasattr(dataset, "set_epoch"):
             states = self._initial  # where it was in the order of another epoch
-        self._start = next((states[o] for o in _OWNERS if o in states), None)
+        began = (states[name] for name in _STARTS if name in states)
+        self._start = next(began, None)
         torch_worker._worker_info = self._info  # type: ignore[assignment]
         self._seed(position)  # some read the first sample already
         # A new epoch has its own number, whatever an old state says.
@@ -258,6 +215,7 @@ class _Stream:
             self._iterator._cached_state_dict = None
         if position and "iterator" in states:
             self._iterator.load_state_dict(copy.deepcopy(states["iterator"]))
+        self._watch(position)
         if position < part.position:
             self._replay(part)
 
@@ -290,9 +248,13 @@ class _Stream:
             states[owner] = copy.deepcopy(dataset.state_dict())
         if self._is_replayed:
             # The next epoch may depend on how this one came to its end.
-            if "dataset" not in states or self._part.is_done:
-                return states if "dataset" in states else None
+            if "dataset" in states and self._part.is_done:
+                return states
+            if "dataset" not in states or self._start is None:
+                return None
             return {"start": self._start, "unfinished": states["dataset"]}
+        if self._is_watched and "dataset" in states:
+            states["origin"] = self._start
         if has_state(self._iterator):
             states["iterator"] = copy.deepcopy(self._iterator.state_dict())
         return states or None
@@ -375,11 +337,15 @@ class _Stream:
                 f"Helios: in sample {position} of {name} (epoch {self._epoch})"
             )
             raise
-        if self._is_watched and has_drawn(lambda: self._seed(position)):
-            self._is_watched, self._is_replayed = False, True
+        self._watch(position)
         self._learn_kind()
         self._part = self._part._replace(position=position + 1)
         return (item,)
+
+    def _watch(self, position: int) -> None:
+        """Look whether samples that come later have drawn their numbers already."""
+        if self._is_watched and has_drawn(lambda: self._seed(position)):
+            self._is_watched, self._is_replayed = False, True
 
     def _learn_kind(self) -> None:
         if self.kind is None:

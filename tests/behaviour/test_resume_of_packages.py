@@ -4,6 +4,7 @@ The packages are imported in the tests, once their environment is set.
 """
 
 import asyncio
+import functools
 import gc
 import random
 from itertools import chain
@@ -414,24 +415,34 @@ def stored(cursor):
     return decode(encoder.encode(cursor, file="rank_0"), encoder.files)
 
 
+def plain_batches(batches):
+    return [batch[:-1] for batch in batches]
+
+
 def check(kind, streams=2, **options):
     """Hold a resume at each batch against three epochs; how many were replayed."""
     loader, replayed = make(kind(), streams=streams, **options), []
+    sizes = {name: options[name] for name in options if name == "batch_size"}
     epochs = [(list(loader.fetch()), loader.plan.next_epoch()) for _ in range(3)]
     for epoch, (batches, end) in enumerate(epochs):
         following = epochs[epoch + 1][0] if epoch < 2 else []
         for done in range(1, len(batches) + 1, 2):
-            loader = make(kind(), streams=streams)
+            loader = make(kind(), streams=streams, **sizes)
             loader.seek(epoch, done, stored(batches[done - 1].cursor))
             if done < len(batches):
                 replayed.append(loader.plan.replayed()[0])
-            assert contents(loader) == [batch[:-1] for batch in batches[done:]]
+            found = list(loader.fetch())
+            assert plain_batches(found) == plain_batches(batches[done:])
+            for more, batch in enumerate(found[:-1], done + 1):  # and once more
+                again = make(kind(), streams=streams, **sizes)
+                again.seek(epoch, more, stored(batch.cursor))
+                assert contents(again) == plain_batches(batches[more:])
         if following:
-            assert contents(loader) == [batch[:-1] for batch in following]
-            loader = make(kind(), streams=streams)
+            assert contents(loader) == plain_batches(following)
+            loader = make(kind(), streams=streams, **sizes)
             loader.seek(epoch + 1, 0, stored(end))
             assert loader.plan.replayed() == (0, 0.0)
-            assert contents(loader) == [batch[:-1] for batch in following]
+            assert contents(loader) == plain_batches(following)
     return replayed
 
 
@@ -462,12 +473,23 @@ def shuffled_nodes():
     return nodes.Loader(nodes.Mapper(indices, lambda i: {"i": i}))
 
 
-def shuffled_nodes_that_draw():
+def shuffled_nodes_that_draw(size=3, first=0):
     from torchdata import nodes
 
+    def draw(i):
+        return {"i": i, "drawn": random.random() if i >= first else 0.0}
+
     indices = nodes.SamplerWrapper(data.RandomSampler(range(LENGTH)))
-    drawing = nodes.Mapper(indices, lambda i: {"i": i, "drawn": random.random()})
-    return nodes.Loader(nodes.Unbatcher(nodes.Batcher(drawing, 3, drop_last=False)))
+    drawing = nodes.Mapper(indices, draw)
+    return nodes.Loader(nodes.Unbatcher(nodes.Batcher(drawing, size, drop_last=False)))
+
+
+@pytest.mark.parametrize("first", [0, LENGTH - 2])
+@pytest.mark.parametrize("batch_size", [2, 5])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_nodes_that_draw_ahead_resume_exactly(first, batch_size, streams):
+    kind = functools.partial(shuffled_nodes_that_draw, 6, first)
+    check(kind, streams=streams, batch_size=batch_size)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import traceback
 from itertools import chain
 
 import datasets
@@ -289,21 +290,27 @@ def test_sampler_of_the_user_serves_several_loaders():
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_error_whose_class_cannot_be_pickled_arrives(num_workers):
+@pytest.mark.parametrize("kind", ["unpicklable", "group"])
+def test_error_that_a_worker_cannot_send_arrives(num_workers, kind):
+    def fail():
+        if kind == "group":
+            raise ExceptionGroup("several", [OSError("gone")])
+        raise type("NoSuchKey", (OSError,), {})("gone")
+
     class Broken(Augmented):
         def __getitem__(self, index):
-            raise type("NoSuchKey", (OSError,), {})("gone")
+            fail()
 
     class BrokenStream(IterableDataset):
         def __iter__(self):
             yield 0
-            raise type("NoSuchKey", (OSError,), {})("gone")
+            fail()
 
     for dataset in Broken(), BrokenStream():
         loader, _ = create_dataloader(dataset, seed=1, num_workers=num_workers)
-        with pytest.raises((OSError, DataError)) as caught:
+        with pytest.raises((OSError, ExceptionGroup, DataError)) as caught:
             list(loader)
-        text = str(caught.value) + "".join(getattr(caught.value, "__notes__", ()))
+        text = "".join(traceback.format_exception(caught.value))
         assert "gone" in text
         assert re.search(r"in sample [01] ", text)
 
@@ -569,15 +576,18 @@ def test_handler_of_the_user_is_left_alone_and_may_pass_the_signal_on(
     assert heard == [signal.SIGCHLD]
 
 
-def test_handler_that_the_user_had_before_is_called_at_once():
-    script = """
-        import os, signal, subprocess, time
+@pytest.mark.parametrize("before", ["nothing", "a loader of torch"])
+def test_handler_that_the_user_had_before_is_called_at_once(before):
+    script = f"""
+        import signal, subprocess
         heard = []
         signal.signal(signal.SIGCHLD, lambda number, frame: heard.append(number))
         import torch
-        from torch.utils.data import TensorDataset
+        from torch.utils.data import DataLoader, TensorDataset
         from helios.data import create_dataloader
         dataset = TensorDataset(torch.arange(9))
+        if {before != "nothing"}:
+            assert len(list(DataLoader(dataset, num_workers=1))) == 9
         loader, _ = create_dataloader(dataset, num_workers=1, collate_fn=list)
         batches = iter(loader)
         next(batches)

@@ -2,7 +2,7 @@
 
 import random
 import time
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -637,6 +637,31 @@ def test_epoch_that_is_ended_at_its_last_sample_is_not_begun_again():
         fresh.seek(epoch + 1, 0, stored(fresh.plan.next_epoch(batch.cursor)))
         (following,) = fresh.fetch()
         assert {item[-1] for item in following.data[0]} == {epoch + 1}
+
+
+class Ahead(UncountedShards):
+    """Makes four samples at once, and has no state before it is read."""
+
+    batched, is_read = True, False
+
+    def __iter__(self):
+        self.is_read = True
+        reader = super().__iter__()
+        while group := list(islice(reader, 4)):
+            yield from group
+
+    def state_dict(self):
+        if not self.is_read:
+            raise RuntimeError("not read yet")
+        return super().state_dict()
+
+
+def test_stream_that_draws_ahead_and_has_no_state_at_first_is_read_again():
+    whole = list(make(Ahead(), streams=1).fetch())
+    for done in range(1, len(whole)):
+        loader = make(Ahead(), streams=1)
+        loader.seek(0, done, stored(whole[done - 1].cursor))
+        assert contents(loader) == plain(whole[done:])
 
 
 class Sharded(Shards):
