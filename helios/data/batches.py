@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import weakref
 from collections.abc import Iterator
 from itertools import chain, cycle, islice
 from typing import Any, NamedTuple
@@ -113,6 +114,7 @@ class RankBatches(Plan):
         self._parts = 1 if sampler.is_sharded else world_size
         self._part = 0 if sampler.is_sharded else rank
         sampler.batch_size = batch_size * self._parts
+        sampler._plan = weakref.ref(self)
         self._taken: int | None = None
 
     def seek(self, epoch: int, batch: int = 0, cursor: int | None = None) -> None:

@@ -279,7 +279,9 @@ def _sampler(
     if sampler is None or sampler is kinds.SEQUENTIAL:
         return samplers.ResumableSequentialSampler(dataset, seed=seed)
     if isinstance(sampler, samplers.ResumableSampler):
-        sampler = copy.copy(sampler)  # another loader may have it too
+        # The user's own, who may change it between epochs; one for each loader.
+        if sampler._plan is not None and sampler._plan() is not None:
+            sampler = copy.copy(sampler)
         if not sampler.has_seed:
             sampler.seed = seed
         return sampler

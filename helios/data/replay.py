@@ -103,6 +103,7 @@ def draw_apart(
     drawn: list[Any] = [None]
     state = items = None
     while drawn:
+        others = [*map(rng.generator_state, generators)]
         with rng.isolated_rng(key):
             if state is not None:
                 rng.restore_rng(state[0])
@@ -111,6 +112,8 @@ def draw_apart(
             items = make() if items is None else items
             drawn = list(islice(items, _DRAWN_AHEAD))
             state = rng.capture_rng(), [*map(rng.generator_state, generators)]
+        for generator, own in zip(generators, others, strict=True):
+            rng.set_generator_state(generator, own)
         yield from drawn
 
 

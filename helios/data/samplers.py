@@ -2,7 +2,7 @@
 
 import enum
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,9 @@ class ResumableSampler(Sampler[Any]):
     #: Whether the sampler yields the part of one rank, rather than all ranks' samples;
     #: all ranks must have as many.
     is_sharded = False
+    _plan: Callable[[], Any] | None = (
+        None  # what it is in use by, as long as that lives
+    )
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from support.kinds import (
 from torch.utils import data
 
 import helios
-from helios.data import ResumableWeightedRandomSampler
+from helios.data import ResumableSampler, ResumableWeightedRandomSampler
 
 OPTIONS = {
     "total_steps": 4,
@@ -74,6 +74,45 @@ def test_to_ask_for_the_steps_of_an_epoch_leaves_its_order_alone():
     first, second = np.reshape(model.batches, (2, 3000)).tolist()
     assert first == list(range(3000))
     assert second == [*range(1, 3000), 0]
+
+
+class Growing(ResumableSampler):
+    """Begins where the model says."""
+
+    begin = 0
+
+    def at(self, epoch, positions):
+        return (positions + self.begin) % len(self)
+
+
+class Teacher(IdModel):
+    """Changes the sampler before each epoch."""
+
+    def on_training_epoch_start(self, current_epoch):
+        super().on_training_epoch_start(current_epoch)
+        self.trainer.datamodule.sampler.begin = 3 * current_epoch
+
+
+@pytest.mark.parametrize("stop", [None, 2, 4])
+def test_sampler_that_the_model_changes_between_epochs(tmp_path, stop):
+    class Data(helios.DataModule):
+        def setup(self):
+            self.sampler = Growing(range(8))
+            self._add_train_phase(range(8), {"sampler": self.sampler, "batch_size": 4})
+            self._add_valid_dataset(
+                range(8), {"sampler": self.sampler, "batch_size": 2}
+            )
+
+    found = []
+    for callback in StopAt(batch=stop), StopAt():
+        model = Teacher()
+        options = {"total_steps": 3, "valid_frequency": 1}
+        if train(model, Data(), tmp_path, callback, **options)[0]:
+            assert model.validated
+        found += model.batches
+        if stop is None:
+            break
+    assert [batch[0] for batch in found] == [0, 4, 3, 7, 6, 2]
 
 
 WITH_WORKERS = {

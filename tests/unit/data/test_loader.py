@@ -276,6 +276,14 @@ def test_params_choose_the_sampler(options, kind):
     assert contents((batch, batch) for batch in loader) == first[1:]
 
 
+def test_sampler_of_the_user_is_used_as_it_is():
+    sampler = Backwards(range(5))
+    create_dataloader(Augmented(5), seed=1, sampler=sampler)  # and forgotten
+    loader, found = create_dataloader(Augmented(5), seed=1, sampler=sampler)
+    assert found is sampler
+    assert [int(batch[0, 0]) for batch in loader] == [4, 3, 2, 1, 0]
+
+
 def test_sampler_of_the_user_serves_several_loaders():
     sampler = Backwards(range(8))
     loaders = [
@@ -286,7 +294,6 @@ def test_sampler_of_the_user_serves_several_loaders():
         found = [batch[:, 0].tolist() for batch in loader]
         assert [len(batch) for batch in found] == [batch_size] * (8 // batch_size)
         assert list(chain(*found)) == [7, 6, 5, 4, 3, 2, 1, 0]
-    assert sampler.batch_size == 1
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -142,7 +142,9 @@ def test_generator_may_be_shared_with_other_samplers():
     order = ReplayedSampler(Drawing(generator), seed=5).order(0, 0)
     found = list(itertools.islice(order, 10))
     others = orders(ReplayedSampler(Drawing(generator), seed=6), range(2))
+    state = generator.get_state()  # a model may draw from it too
     assert found + list(order) == alone[0]
+    assert generator.get_state().equal(state)
     assert others[0] != alone[0]
 
 
