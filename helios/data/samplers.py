@@ -43,9 +43,7 @@ class ResumableSampler(Sampler[Any]):
     #: Whether the sampler yields the part of one rank, rather than all ranks' samples;
     #: all ranks must have as many.
     is_sharded = False
-    _plan: Callable[[], Any] | None = (
-        None  # what it is in use by, as long as that lives
-    )
+    _plan: Callable[[], Any] | None = None  # what uses it, as long as that lives
 
     def __init__(
         self,
@@ -60,6 +58,9 @@ class ResumableSampler(Sampler[Any]):
         self.has_seed = seed is not None
         self.seed = rng.get_default_seed() if seed is None else seed
         self.start_iter, self.epoch = start_iter, 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_plan"}
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

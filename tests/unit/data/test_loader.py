@@ -4,6 +4,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import pickle
 import queue
 import random
 import re
@@ -281,6 +282,7 @@ def test_sampler_of_the_user_is_used_as_it_is():
     create_dataloader(Augmented(5), seed=1, sampler=sampler)  # and forgotten
     loader, found = create_dataloader(Augmented(5), seed=1, sampler=sampler)
     assert found is sampler
+    assert len(pickle.loads(pickle.dumps(sampler))) == 5
     assert [int(batch[0, 0]) for batch in loader] == [4, 3, 2, 1, 0]
 
 
