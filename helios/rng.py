@@ -123,16 +123,24 @@ def capture_rng(device: torch.device | None = None) -> dict[str, Any]:
     return tree
 
 
-def restore_rng(tree: dict[str, Any], device: torch.device | None = None) -> None:
-    """Set what `capture_rng` returned; ResumeError where that has other parts."""
+def restore_rng(
+    tree: dict[str, Any],
+    device: torch.device | None = None,
+    *,
+    is_partial: bool = False,
+) -> None:
+    """Set what `capture_rng` returned; ResumeError where that has other parts.
+
+    `is_partial`: the device's state may be missing, or be of another kind of device.
+    """
     kinds = {"numpy", "python", "torch", "cpu" if device is None else device.type}
-    if tree.keys() != kinds - {"cpu"}:
+    if tree.keys() != kinds - {"cpu"} and not is_partial:
         raise ResumeError(f"random state of {sorted(tree)}, needed for {sorted(kinds)}")
     np.random.set_state(tree["numpy"])
     version, words, gauss_next = tree["python"]
     random.setstate((version, tuple(words.tolist()), gauss_next))
     torch.set_rng_state(tree["torch"])
-    if device is not None and device.type != "cpu":
+    if device is not None and device.type in tree:
         torch.get_device_module(device).set_rng_state(tree[device.type], device)
 
 

@@ -180,7 +180,8 @@ class Session:
                 parameter.requires_grad_(asks)
                 parameter.grad = None if grad is None else grad.to(parameter.device)
         if rank["rng"] is not None:
-            rng.restore_rng(rank["rng"], self.engine.device)
+            is_partial = "imported" in checkpoint.record
+            rng.restore_rng(rank["rng"], self.engine.device, is_partial=is_partial)
 
     def _choose(self, resume: Any) -> Any:
         if resume == "never":

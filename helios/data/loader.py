@@ -227,8 +227,9 @@ def _batches(
     with contextlib.suppress(TypeError):
         length = len(sampler)
     if not length:
-        what = "sampler" if params.sampler else "data set"
-        kind = type(params.sampler or dataset).__name__
+        is_own = isinstance(params.sampler, Iterable)
+        what = "sampler" if is_own else "data set"
+        kind = type(params.sampler if is_own else dataset).__name__
         raise DataError(f"the {what} is empty: {kind} has a length of 0, or none")
     gives_batches = replay.yields_batches(sampler)
     if gives_batches and params.batch_size != 1:

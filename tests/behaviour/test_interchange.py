@@ -351,3 +351,17 @@ def test_random_numbers_go_to_accelerate_and_back(tmp_path, accelerator):
     path = find_last_checkpoint(tmp_path / "again" / "ported")
     found = read_checkpoint(path).tree("rank_0")["rng"]
     assert list(differences(found, saved, "rng")) == []
+
+
+def test_random_numbers_of_a_device_that_is_not_there_are_left_out(
+    tmp_path, accelerator
+):
+    with_accelerate(accelerator, save_to=tmp_path / "saved")
+    path = tmp_path / "saved" / "random_states_0.pkl"
+    states = torch.load(path, weights_only=False)
+    states["torch_cuda_manual_seed"] = [torch.zeros(16, dtype=torch.uint8)]
+    torch.save(states, path)
+    run("import", tmp_path / "saved", tmp_path / "root", "--save-name", "ported")
+    model = Ported()
+    assert not train(model, Data(), tmp_path / "root", StopAt(batch=0), **OPTIONS)[0]
+    assert rng.capture_rng()["torch"].equal(states["torch_manual_seed"])

@@ -679,7 +679,8 @@ class Unsized(Dataset):
         (Unsized(), {"sampler": ResumableSamplerType.RANDOM}, "of 0, or none"),
         ([1], {"drop_last": True, "batch_size": 2}, "1 samples fill no batch"),
         ([1, 2], {"drop_last": True, "world_size": 3}, "2 samples fill no batch"),
-        ([1], {"sampler": Backwards([])}, "the data set is empty"),
+        ([1], {"sampler": Backwards([])}, "the sampler is empty: Backwards"),
+        ([1], {"sampler": []}, "the sampler is empty: list"),
     ],
 )
 def test_data_that_cannot_be_loaded_are_errors(dataset, options, message):
