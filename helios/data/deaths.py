@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import signal
 import threading
@@ -71,11 +72,13 @@ class _Deaths:
             _check_workers()
         self._is_fetching = True
 
-    def forget(self, iterator: Any) -> None:
-        """Take the workers of an iterator for ended: nothing is raised for them."""
-        if iterator._worker_pids_set:
-            signal_handling._remove_worker_pids(id(iterator))  # type: ignore[attr-defined]
-            iterator._worker_pids_set = False
+    def end(self, iterator_id: int, workers: list[Any]) -> None:
+        """Kill the workers of an iterator; nobody is told of their deaths."""
+        with contextlib.suppress(ValueError):  # torch has forgotten them already
+            signal_handling._remove_worker_pids(iterator_id)  # type: ignore[attr-defined]
+            # For torch, which will want to do the same.
+            signal_handling._set_worker_pids(iterator_id, ())  # type: ignore[attr-defined]
+        fetching.kill_workers(workers)
 
     def __exit__(self, *_: object) -> None:
         self._is_fetching = False

@@ -123,8 +123,7 @@ class ResumableDataLoader(DataLoader[Any]):
             open_ones = enumerate(asked, iterator._rcvd_idx)
             mine = [one for i, one in open_ones if i % self.num_workers == number]
             what = ", then ".join(map(self.plan.describe, mine)) or "nothing"
-            deaths.forget(iterator)
-            fetching.kill_workers(workers)
+            deaths.end(id(iterator), workers)
             self._iterator = None
             raise DataError(
                 f"worker {number} of the loader died ({_reason(worker.exitcode)}) "
@@ -142,7 +141,8 @@ class ResumableDataLoader(DataLoader[Any]):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if workers := getattr(iterator, "_workers", []):
             deaths.watch()
-            util.Finalize(iterator, fetching.kill_workers, (workers,), exitpriority=0)
+            ended = id(iterator), workers
+            util.Finalize(iterator, deaths.end, ended, exitpriority=0)
         return iterator
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import traceback
 from itertools import chain
 
@@ -28,6 +29,7 @@ from torch.utils.data import (
     Subset,
 )
 
+from helios.data.deaths import deaths
 from helios.data.fetching import kill_workers
 from helios.data.loader import DataLoaderParams, create_dataloader
 from helios.data.samplers import (
@@ -517,6 +519,35 @@ def test_death_of_a_worker_is_not_raised_where_that_would_be_lost():
     with pytest.raises(DataError, match="signal SIGKILL") as caught:
         next(batches)
     assert not any(isinstance(error, queue.Empty) for error in causes_of(caught.value))
+
+
+class Ending:
+    """Has another loader's workers ended where it is received, on another thread."""
+
+    def __reduce__(self):
+        return end_left, ()
+
+
+LEFT = []
+
+
+def end_left():
+    # As the collector does, which may run on any thread.
+    thread = threading.Thread(target=deaths.end, args=LEFT)
+    thread.start()
+    thread.join()
+
+
+def test_workers_that_are_ended_with_their_iterator_are_no_deaths():
+    left = deadly(num_workers=1, persistent_workers=True)[1]
+    next(iter(left))
+    (worker,) = left._iterator._workers
+    LEFT[:] = id(left._iterator), [Process(worker.pid)]
+    found = list(deadly(num_workers=1, collate_fn=lambda _: Ending())[1])
+    assert found == [None] * len(found)
+    LEFT.clear()
+    del left  # torch must not complain either
+    gc.collect()
 
 
 def test_error_of_the_user_is_no_death(tmp_path):
