@@ -17,7 +17,7 @@ FILE_LIMIT_LINES = 400
 # because of what can be stored; no training imports the last two.
 LIMITS_LINES = {
     "library": 3000,
-    "data": 2500,
+    "data": 2400,
     "checkpoint": 1000,
     "cli": 400,
     "testing": 400,
@@ -37,6 +37,7 @@ LAYERS = {
     "differences": 1,
     "fingerprint": 1,
     "signals": 1,
+    "workers": 1,
     "data.permutation": 1,
     "data.samplers": 1,
     "data.weighted": 1,
@@ -46,7 +47,6 @@ LAYERS = {
     "data.seeding": 1,
     "data.gathering": 1,
     "data.fetching": 1,
-    "data.deaths": 1,
     "data.packages": 1,
     "data.parts": 1,
     "data.streams": 1,

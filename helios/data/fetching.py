@@ -39,14 +39,6 @@ def _reduce_resolved(tensor: torch.Tensor) -> Any:
     return reductions.reduce_tensor(resolved)  # type: ignore[no-untyped-call]
 
 
-def kill_workers(workers: list[Any]) -> None:
-    """Kill a loader's workers, for whose end an exit of Python would wait for ever."""
-    for worker in workers:
-        with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD, if any
-            worker.kill()
-            worker.join()
-
-
 class SeededDataset(data.Dataset[Any]):
     """A data set that is asked for collated batches, and seeds what they draw.
 

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, Sampler
 
 from helios.data import fetching, replay, samplers
 from helios.data.batches import GivenBatches, Loaded, Plan, RankBatches, SampleBatches
-from helios.data.deaths import deaths
 from helios.data.packages import is_stream, streams_of
 from helios.data.params import WORKER_SETTINGS, DataLoaderParams
 from helios.data.parts import StreamSettings
@@ -25,6 +24,7 @@ from helios.data.requests import StreamRequests
 from helios.data.streams import StreamedDataset
 from helios.errors import DataError
 from helios.rng import get_default_seed
+from helios.workers import deaths
 
 # A worker's tensors come through a socket, which may be felt to break first.
 _SIGNS_OF_DEATH = (RuntimeError, OSError, EOFError)

@@ -29,8 +29,6 @@ from torch.utils.data import (
     Subset,
 )
 
-from helios.data.deaths import deaths
-from helios.data.fetching import kill_workers
 from helios.data.loader import DataLoaderParams, create_dataloader
 from helios.data.samplers import (
     ResumableRandomSampler,
@@ -41,6 +39,7 @@ from helios.data.samplers import (
 from helios.data.seeding import sample_rng
 from helios.errors import DataError
 from helios.rng import capture_rng, seed_rngs
+from helios.workers import deaths, kill_workers
 
 WORKERS = {
     "none": {},

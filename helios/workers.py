@@ -12,11 +12,17 @@ from typing import Any
 
 from torch.utils.data._utils import signal_handling
 
-from helios.data import fetching
-
 # Where an exception is lost, and where it takes along what the system told of a child.
-_LOSING_NAMES = ("__del__", fetching.kill_workers.__name__)
+_LOSING_NAMES = ("__del__", "kill_workers")
 _LOSING_CODE = (popen_fork.Popen.poll.__code__, popen_forkserver.Popen.poll.__code__)
+
+
+def kill_workers(workers: list[Any]) -> None:
+    """Kill a loader's workers, for whose end an exit of Python would wait for ever."""
+    for worker in workers:
+        with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD, if any
+            worker.kill()
+            worker.join()
 
 
 def _loses(frame: types.FrameType | None) -> bool:
@@ -78,7 +84,7 @@ class _Deaths:
             signal_handling._remove_worker_pids(iterator_id)  # type: ignore[attr-defined]
             # For torch, which will want to do the same.
             signal_handling._set_worker_pids(iterator_id, ())  # type: ignore[attr-defined]
-        fetching.kill_workers(workers)
+        kill_workers(workers)
 
     def __exit__(self, *_: object) -> None:
         self._is_fetching = False
