@@ -24,7 +24,7 @@ from helios.data.requests import StreamRequests
 from helios.data.streams import StreamedDataset
 from helios.errors import DataError
 from helios.rng import get_default_seed
-from helios.workers import deaths
+from helios.workers import WorkersIterator, end_workers
 
 # A worker's tensors come through a socket, which may be felt to break first.
 _SIGNS_OF_DEATH = (RuntimeError, OSError, EOFError)
@@ -66,8 +66,7 @@ class ResumableDataLoader(DataLoader[Any]):
         """
         # Made now, and not at the first batch: so are its workers.
         try:
-            with deaths:
-                iterator = super().__iter__()
+            iterator = super().__iter__()
         except _SIGNS_OF_DEATH as error:
             self._check_workers(self._iterator, collections.deque(), error)
             raise
@@ -98,8 +97,7 @@ class ResumableDataLoader(DataLoader[Any]):
         """Put each result beside its request: they come in the same order."""
         while True:
             try:
-                with deaths:
-                    data = next(iterator)
+                data = next(iterator)
             except StopIteration:
                 return
             except _SIGNS_OF_DEATH as error:
@@ -123,7 +121,7 @@ class ResumableDataLoader(DataLoader[Any]):
             open_ones = enumerate(asked, iterator._rcvd_idx)
             mine = [one for i, one in open_ones if i % self.num_workers == number]
             what = ", then ".join(map(self.plan.describe, mine)) or "nothing"
-            deaths.end(id(iterator), workers)
+            end_workers(id(iterator), workers)
             self._iterator = None
             raise DataError(
                 f"worker {number} of the loader died ({_reason(worker.exitcode)}) "
@@ -132,17 +130,18 @@ class ResumableDataLoader(DataLoader[Any]):
             ) from error
 
     def _get_iterator(self) -> Any:
+        if self.num_workers == 0:
+            return super()._get_iterator()
+        self.check_worker_number_rationality()
         if self.multiprocessing_context is not None:
             resource_tracker.ensure_running()  # its start would unblock the signals
         before = signal.pthread_sigmask(signal.SIG_BLOCK, fetching.IGNORED_SIGNALS)
         try:
-            iterator = super()._get_iterator()
+            iterator = WorkersIterator(self)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if workers := getattr(iterator, "_workers", []):
-            deaths.watch()
-            ended = id(iterator), workers
-            util.Finalize(iterator, deaths.end, ended, exitpriority=0)
+        ended = id(iterator), iterator._workers
+        util.Finalize(iterator, end_workers, ended, exitpriority=0)
         return iterator
 
 
