@@ -53,12 +53,14 @@ def _silence_handler() -> None:
 def end_workers(iterator_id: int, workers: list[Any]) -> None:
     """Kill an iterator's workers, for whose end an exit of Python would wait for ever.
 
-    Torch forgets them before, so that its handler, if any, has no death to tell.
+    Torch forgets them before, so that its handler, if a user has kept it, has no death
+    to tell.
     """
     with contextlib.suppress(ValueError):  # torch has forgotten them already
         signal_handling._remove_worker_pids(iterator_id)  # type: ignore[attr-defined]
         # For torch, which will want to do the same.
         signal_handling._set_worker_pids(iterator_id, ())  # type: ignore[attr-defined]
     for worker in workers:
-        worker.kill()
-        worker.join()
+        with contextlib.suppress(RuntimeError):  # of that handler, for another's death
+            worker.kill()
+            worker.join()

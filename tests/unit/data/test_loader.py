@@ -28,6 +28,7 @@ from torch.utils.data import (
     RandomSampler,
     Subset,
 )
+from torch.utils.data._utils import signal_handling
 
 from helios.data.loader import DataLoaderParams, create_dataloader
 from helios.data.samplers import (
@@ -373,11 +374,6 @@ def undisturbed():
     return contents(deadly(num_workers=0)[1])
 
 
-def causes_of(error):
-    while error := error.__cause__:
-        yield error
-
-
 ENDS = {
     "killed": (kill_itself, r"signal SIGKILL, as where memory is short"),
     "exited": (lambda: os._exit(3), "exit status 3"),
@@ -539,7 +535,12 @@ def end_left():
     thread.join()
 
 
+@pytest.mark.usefixtures("handler_of_children")
 def test_workers_that_are_ended_with_their_iterator_are_no_deaths():
+    # Of a user, who passes the signal on to torch.
+    signal.signal(
+        signal.SIGCHLD, lambda *_: signal_handling._error_if_any_worker_fails()
+    )
     left = deadly(num_workers=1, persistent_workers=True)[1]
     next(iter(left))
     (worker,) = left._iterator._workers
@@ -549,6 +550,24 @@ def test_workers_that_are_ended_with_their_iterator_are_no_deaths():
     LEFT.clear()
     del left  # torch must not complain either
     gc.collect()
+
+
+class Interrupted(Process):
+    """One whose end a handler of SIGCHLD interrupts."""
+
+    def join(self):
+        super().join()
+        raise RuntimeError("another worker has died")
+
+
+def test_all_workers_are_ended_where_a_handler_of_the_user_raises():
+    left = deadly(persistent_workers=True)[1]
+    next(iter(left))
+    workers = left._iterator._workers
+    end_workers(id(left._iterator), [Interrupted(worker.pid) for worker in workers])
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode == -signal.SIGKILL
 
 
 def test_error_of_the_user_is_no_death(tmp_path):
