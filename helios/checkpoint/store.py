@@ -27,6 +27,7 @@ import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -37,9 +38,12 @@ from torch import Tensor
 
 from helios.checkpoint.codec import decode
 from helios.checkpoint.tensors import (
+    allocate,
+    begin_sums,
     check_size,
+    compare_sums,
     map_tensors,
-    verify_file,
+    split,
     write_tensors,
 )
 from helios.errors import (
@@ -102,8 +106,9 @@ class _Cloned(dict[str, Tensor]):
         self._tensors = tensors
 
     def __missing__(self, name: str) -> Tensor:
-        self[name] = found = self._tensors[name].clone()
-        return found
+        mapped = self._tensors[name]
+        self[name] = allocate(mapped.shape, mapped.dtype).copy_(mapped)
+        return self[name]
 
 
 class CheckpointStore:
@@ -145,7 +150,7 @@ class CheckpointStore:
         metadata: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Write a group's files to the disk; what the record says of them, by name."""
-        shards = _shards(tensors, self.max_shard_bytes)
+        shards = split(tensors, self.max_shard_bytes)
         entries, places = dict[str, Any](), dict[str, str]()
         if len(shards) == 1:
             notes = {**(metadata or {}), **(aliases or {})}
@@ -285,14 +290,13 @@ def read_checkpoint(
     """
     path = Path(path)
     record, tensors = _read_record(path), dict[str, dict[str, Tensor]]()
+    damage = _find_damage(path, record, has_sums=False)
+    if verify and not damage:
+        damage = _find_damage(path, record, advance=advance)
+    for name, why in damage.items():
+        raise CheckpointCorruptError(f"{path / name}: {why}")
     for name, entry in record["files"].items():
         try:
-            if Path(name).name != name:
-                raise ValueError("it is a file elsewhere")
-            if verify:
-                verify_file(path / name, entry, advance)
-            else:
-                check_size(path / name, entry)
             if name.endswith(SUFFIX):
                 tensors.setdefault(entry["group"], {}).update(map_tensors(path / name))
         except _DAMAGE as error:
@@ -308,12 +312,32 @@ def find_damage(path: str | Path, *, advance: Advance = abs) -> dict[str, str]:
     Raises:
         CheckpointError: it is none, or its record cannot be read.
     """
-    found = {}
-    for name, entry in _read_record(Path(path))["files"].items():
-        try:
-            verify_file(Path(path) / name, entry, advance)
-        except _DAMAGE as error:
-            found[name] = str(error)
+    return _find_damage(Path(path), _read_record(Path(path)), advance=advance)
+
+
+def _find_damage(
+    path: Path,
+    record: Mapping[str, Any],
+    *,
+    has_sums: bool = True,
+    advance: Advance = abs,
+) -> dict[str, str]:
+    found, sums = dict[str, str](), dict[str, Any]()
+    with ThreadPoolExecutor() as pool:  # of all files: most have but one chunk
+        for name, entry in record["files"].items():
+            try:
+                if Path(name).name != name:
+                    raise ValueError("it is a file elsewhere")
+                check_size(path / name, entry)
+                if has_sums:
+                    sums[name] = begin_sums(pool, path / name, entry)
+            except _DAMAGE as error:
+                found[name] = str(error)
+        for name, begun in sums.items():
+            try:
+                compare_sums(record["files"][name], begun, advance)
+            except _DAMAGE as error:
+                found[name] = str(error)
     return found
 
 
@@ -355,19 +379,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     except _DAMAGE as error:
         raise CheckpointCorruptError(f"{path / RECORD}: {error}") from error
     return record
-
-
-def _shards(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
-    """The names of each shard; a tensor that is larger than one has its own."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and size + tensor.nbytes > most:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor.nbytes
-    return shards
 
 
 def _sync_folder(folder: Path) -> None:

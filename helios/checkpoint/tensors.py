@@ -4,11 +4,14 @@ The library's own `save_file` copies all tensors in memory first, and its file w
 have to be read again for the checksums.
 """
 
+import contextlib
+import ctypes
 import json
+import mmap
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +23,8 @@ from torch import Tensor
 #: A checksum covers so many bytes of a file, the last one what is left.
 CHUNK_BYTES = 1 << 26
 _PIECE_BYTES = 1 << 22
+# Writing back so many bytes is begun while the next ones are written.
+_BEHIND_BYTES = 1 << 24
 #: By dtype: its name in such a file, of those that every reader knows.
 FORMS = {
     torch.bool: "BOOL",
@@ -38,6 +43,19 @@ FORMS = {
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+
+
+def split(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
+    """The names of each shard; a tensor that is larger than one has its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > most:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor.nbytes
+    return shards
 
 
 def write_tensors(
@@ -73,6 +91,7 @@ class _Summing:
 
     def __init__(self, out: BinaryIO) -> None:
         self._out, self._size, self._sums, self._sum = out, 0, list[str](), 0
+        self._begun = 0  # bytes that are on their way to the disk
         self._pool = ThreadPoolExecutor(1)
 
     def write(self, data: memoryview) -> None:
@@ -87,9 +106,20 @@ class _Summing:
             self._sum = job.result() if job else zlib.crc32(piece, self._sum)
             self._size += len(piece)
             start += len(piece)
+            self._write_back()
             if self._size % CHUNK_BYTES == 0:
                 self._sums.append(f"{self._sum:08x}")
                 self._sum = 0
+
+    def _write_back(self) -> None:
+        """Have the disk begin: at the end it would have all to do."""
+        new = self._size - self._begun
+        if new >= _BEHIND_BYTES and hasattr(os, "posix_fadvise"):
+            # Of pages that have not been written back yet, it drops none.
+            advice = os.POSIX_FADV_DONTNEED
+            with contextlib.suppress(OSError):  # it is no more than advice
+                os.posix_fadvise(self._out.fileno(), self._begun, new, advice)
+            self._begun = self._size
 
     def entry(self) -> dict[str, Any]:
         self._pool.shutdown()
@@ -97,26 +127,34 @@ class _Summing:
         return {"size_bytes": self._size, "crc32": [*self._sums, *last]}
 
 
-def verify_file(
-    path: Path, entry: Mapping[str, Any], advance: Callable[[int], object] = abs
+def begin_sums(
+    pool: ThreadPoolExecutor, path: Path, entry: Mapping[str, Any]
+) -> list[Future[str]]:
+    """Begin to read a file's checksums, for :func:`compare_sums`."""
+    starts = range(0, entry["size_bytes"], CHUNK_BYTES)
+    return [pool.submit(_sum_chunk, path, start) for start in starts]
+
+
+def compare_sums(
+    entry: Mapping[str, Any],
+    sums: Sequence[Future[str]],
+    advance: Callable[[int], object],
 ) -> None:
     """Compare a file with what `write_tensors` returned.
 
-    `advance` is called with the number of bytes that have been read since.
+    `advance` is called with the number of bytes that have been compared since.
 
     Raises:
         ValueError: it is another file; the message says where.
         OSError: it cannot be read.
     """
-    check_size(path, entry)
-    with open(path, "rb") as file, ThreadPoolExecutor() as pool:
-        starts = range(0, entry["size_bytes"], CHUNK_BYTES)
-        sums = pool.map(lambda start: _sum_chunk(file.fileno(), start), starts)
-        for start, saved, found in zip(starts, entry["crc32"], sums, strict=True):
-            if saved != found:
-                end = start + CHUNK_BYTES
-                raise ValueError(f"it is altered, between the bytes {start} and {end}")
-            advance(min(CHUNK_BYTES, entry["size_bytes"] - start))
+    start = 0
+    for saved, found in zip(entry["crc32"], sums, strict=True):
+        end = start + CHUNK_BYTES
+        if found.result() != saved:
+            raise ValueError(f"it is altered, between the bytes {start} and {end}")
+        advance(min(CHUNK_BYTES, entry["size_bytes"] - start))
+        start = end
 
 
 def check_size(path: Path, entry: Mapping[str, Any]) -> None:
@@ -131,16 +169,31 @@ def check_size(path: Path, entry: Mapping[str, Any]) -> None:
         )
 
 
-def _sum_chunk(handle: int, start: int) -> str:
+def _sum_chunk(path: Path, start: int) -> str:
     found, end = 0, start + CHUNK_BYTES
     buffer = memoryview(bytearray(1 << 20))
-    while start < end:
-        count = os.preadv(handle, [buffer[: end - start]], start)
-        if not count:
-            break
-        found = zlib.crc32(buffer[:count], found)
-        start += count
+    # Of its own: the system reads ahead for each open file by itself.
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        while start < end and (count := file.readinto(buffer[: end - start])):
+            found = zlib.crc32(buffer[:count], found)
+            start += count
     return f"{found:08x}"
+
+
+def allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in host memory, in large pages where the system has them.
+
+    The first use of memory in small pages takes several times as long as a copy.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    if hasattr(mmap, "MADV_HUGEPAGE") and tensor.nbytes >= 1 << 21:
+        before = tensor.data_ptr() % mmap.PAGESIZE
+        start = ctypes.c_void_p(tensor.data_ptr() - before)
+        length = ctypes.c_size_t(before + tensor.nbytes)
+        # It is advice: nothing depends on what comes of it.
+        ctypes.CDLL(None).madvise(start, length, mmap.MADV_HUGEPAGE)
+    return tensor
 
 
 def map_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

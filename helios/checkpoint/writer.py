@@ -7,6 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from helios.checkpoint.tensors import allocate
 from helios.errors import CheckpointError
 
 Files: TypeAlias = dict[str, dict[str, Tensor]]
@@ -36,8 +37,7 @@ class BackgroundWriter:
 
         def make() -> None:
             for place, (shape, dtype, is_pinned) in traits.items():
-                buffer = torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
-                self._buffers[place] = buffer.zero_()
+                self._buffers[place] = _buffer(shape, dtype, is_pinned).zero_()
 
         self.submit(make)
 
@@ -57,9 +57,7 @@ class BackgroundWriter:
                     buffer = old.pop((file, name), None)
                     traits = live.shape, live.dtype
                     if buffer is None or (buffer.shape, buffer.dtype) != traits:
-                        buffer = torch.empty(
-                            live.shape, dtype=live.dtype, pin_memory=live.is_cuda
-                        )
+                        buffer = _buffer(live.shape, live.dtype, live.is_cuda)
                     self._buffers[file, name] = buffer.copy_(
                         live, non_blocking=live.is_cuda
                     )
@@ -98,3 +96,9 @@ class BackgroundWriter:
             job()
         except BaseException as error:  # nothing may end the thread unnoticed
             self._error = self._error or error
+
+
+def _buffer(shape: torch.Size, dtype: torch.dtype, is_pinned: bool) -> Tensor:
+    if is_pinned:
+        return torch.empty(shape, dtype=dtype, pin_memory=True)
+    return allocate(shape, dtype)
