@@ -157,7 +157,7 @@ class Session:
         self.logger.info("loaded %s", path.name)
         checkpoint = read_checkpoint(path, verify=resume not in ("auto", "must"))
         self.state.load(checkpoint.record["progress"])
-        weights = checkpoint.tree("training", own=True)["model"]
+        weights = self._tree(checkpoint, "training")["model"]
         self._model._call_for_inference(self._model.load_state_dict, True, weights)
 
     def put_back(self) -> None:
@@ -217,9 +217,9 @@ class Session:
 
         `own`: in memory of its own, rather than in a map of the checkpoint's files.
         """
-        parts, rank = checkpoint.tree("training", own=own), None
+        parts, rank = self._tree(checkpoint, "training", own=own), None
         if self._own in checkpoint.record["trees"]:
-            rank = checkpoint.tree(self._own, own=own)
+            rank = self._tree(checkpoint, self._own, own=own)
         is_from_elsewhere = "imported" in checkpoint.record
         if set(parts) != set(self._parts) and not is_from_elsewhere:
             raise ResumeError(
@@ -236,6 +236,11 @@ class Session:
                 is_tensor = isinstance(value, torch.Tensor)
                 book[key] = value.to(self.engine.device) if is_tensor else value
         return rank
+
+    def _tree(self, checkpoint: Checkpoint, group: str, *, own: bool = True) -> Any:
+        # The networks' weights are copied out of the files into those that there are.
+        copied = ("model", "networks") if group == "training" else ()
+        return checkpoint.tree(group, own=own, device=self.engine.device, copied=copied)
 
     def keep(self, what: str | None) -> None:
         """Keep the "latest" or the "means" for :meth:`flush`; None: write at once."""

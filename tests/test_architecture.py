@@ -57,6 +57,7 @@ LAYERS = {
     "checkpoint.types": 1,
     "checkpoint.tensors": 1,
     "checkpoint.codec": 1,
+    "checkpoint.reading": 1,
     # Accelerate; folders
     "engine": 2,
     "checkpoint": 2,

@@ -1,13 +1,14 @@
 """The codec: a tree to plain JSON data and named tensors, and back, without pickle.
 
 ``None``, bools, ints, finite floats, strings, lists, and dicts with string keys stand
-for themselves; all else is ``{"$": tag, "v": payload}``, a tensor ``[file, name]``. Not
-kept: strides, devices, ``requires_grad``, and which lists and dicts are the same one.
+for themselves; all else is ``{"$": tag, "v": payload}``, a tensor ``[file, name]``, and
+the type of its device if that is not the host's memory. Not kept: strides, which of
+several devices, ``requires_grad``, and which lists and dicts are the same one.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -25,6 +26,9 @@ from helios.errors import CheckpointCorruptError, CheckpointError, UnstorableErr
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Place: TypeAlias = tuple[str | int, ...]  # the keys on the way to a value
+#: Gets a tensor's place in the tree, its file, its name, and the type of its device
+#: where that was another than "cpu".
+Find: TypeAlias = Callable[..., Tensor]
 
 _MAX_DEPTH = 100
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
@@ -119,16 +123,15 @@ class Encoder:
             self.files[file][name] = stored if is_known else _bytes(stored)
             self._places[key] = (file, name, tensor)
             home, first = file, name
-        plain: Json = {"$": "tensor", "v": [home, first]}
+        there = [] if tensor.device.type == "cpu" else [tensor.device.type]
+        plain: Json = {"$": "tensor", "v": [home, first, *there]}
         if is_known:
             return plain
         return {"$": "viewed", "v": [str(tensor.dtype), list(tensor.shape), plain]}
 
 
-def decode(
-    plain: Any, tensors: Mapping[str, Mapping[str, Tensor]], *, has_classes: bool = True
-) -> Any:
-    """Rebuild the tree that :meth:`Encoder.encode` was given, of these tensors.
+def decode(plain: Any, find: Find, *, has_classes: bool = True) -> Any:
+    """Rebuild the tree that :meth:`Encoder.encode` was given, of the tensors found.
 
     Without the classes of the program that made it, what they stand for is in tuples.
 
@@ -137,27 +140,25 @@ def decode(
         CheckpointError: a class in it is not imported, or not registered.
     """
     try:
-        return _decode(plain, tensors, BACK if has_classes else BACK_WITHOUT_CLASSES)
+        back = BACK if has_classes else BACK_WITHOUT_CLASSES
+        return _decode(plain, (), find, back)
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointCorruptError(f"a tree is malformed: {error!r}") from error
 
 
-def _decode(
-    node: Any, tensors: Mapping[str, Mapping[str, Tensor]], back: Mapping[str, Any]
-) -> Any:
+def _decode(node: Any, path: Place, find: Find, back: Mapping[str, Any]) -> Any:
     if type(node) is list:
-        return [_decode(item, tensors, back) for item in node]
+        return [_decode(v, (*path, i), find, back) for i, v in enumerate(node)]
     if type(node) is not dict:
         return node
     if "$" not in node:
-        return {key: _decode(value, tensors, back) for key, value in node.items()}
+        return {k: _decode(v, (*path, k), find, back) for k, v in node.items()}
     tag, payload = node["$"], node["v"]
     if tag == "tensor":
-        file, name = payload
-        return tensors[file][name]
-    return back[tag](_decode(payload, tensors, back))
+        return find(path, *payload)
+    return back[tag](_decode(payload, path, find, back))
 
 
 def _is_small(value: object) -> bool:

@@ -1,18 +1,5 @@
-"""Folders of checkpoints: written as a whole, verified, found, retained.
+"""Folders of checkpoints: written as a whole, found, retained.
 
-A checkpoint is a folder of safetensors files and ``helios.json``, written last::
-
-    {"checksum": "crc32:<8 hex digits>", "record": <record>}
-
-The checksum is that of the record's bytes as they stand there. The record is::
-
-    {"format": 1, "created": "<UTC time>", "progress": {...}, "identity": {...},
-     "trees": {"<group>": <plain data of the codec>},
-     "files": {"<name>.safetensors": {"group": "<group>", "size_bytes": n,
-                                      "crc32": ["<8 hex digits>", ...]}}}
-
-A file has a checksum for each 64 MiB of it. A group with more tensors than fit in one
-file is split into shards, with an index; both as the Hugging Face Hub has them.
 ``created`` rises from one checkpoint of a folder to the next, whatever the clock does.
 A folder whose name begins with a dot is being written or deleted. Tests inject faults
 into this module's ``os``, ``open`` and ``shutil``.
@@ -23,92 +10,31 @@ import json
 import os
 import re
 import shutil
-import stat
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from safetensors import SafetensorError
 from torch import Tensor
 
-from helios.checkpoint.codec import decode
-from helios.checkpoint.tensors import (
-    allocate,
-    begin_sums,
-    check_size,
-    compare_sums,
-    map_tensors,
-    split,
-    write_tensors,
+from helios.checkpoint.reading import (
+    FORMAT,
+    MAX_RECORD_BYTES,
+    RECORD,
+    SUFFIX,
+    read_checkpoint,
+    read_record,
 )
-from helios.errors import (
-    CheckpointCorruptError,
-    CheckpointError,
-    CheckpointNotFoundError,
-)
+from helios.checkpoint.tensors import split, write_tensors
+from helios.errors import CheckpointError, CheckpointNotFoundError
 
-FORMAT = 1
-RECORD = "helios.json"
-SUFFIX = ".safetensors"
 INDEX = ".safetensors.index.json"
-#: Larger ones would take much memory to read.
-MAX_RECORD_BYTES = 1 << 26
 MAX_SHARD_BYTES = 5 * 10**9
-_ENVELOPE = re.compile(
-    rb'\{"checksum": "crc32:([0-9a-f]{8})", "record": (\{.*\})\}\n', re.DOTALL
-)
 _NAME = re.compile(r"(?!\.)[^/\0]+(?<!\.replaced)")
-# What reading any file may raise. MemoryError, say, does not tell of a damaged one.
-_DAMAGE = (
-    *(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError),
-    SafetensorError,
-)
 
 Report: TypeAlias = Callable[[str], None]
-Advance: TypeAlias = Callable[[int], object]  # `abs` does nothing
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint, by group and name its tensors, which are read where they are used.
-
-    They can be written to, which changes neither the file nor another `Checkpoint`.
-    """
-
-    path: Path
-    record: dict[str, Any]
-    tensors: dict[str, dict[str, Tensor]]
-
-    def tree(self, group: str, *, own: bool = False, has_classes: bool = True) -> Any:
-        """Decode one group.
-
-        `own`: with tensors in memory of their own. Else with those of `tensors`, which
-        are of use as long as nobody truncates the files. `has_classes=False` puts names
-        where the program's own enums, named tuples and registered types were.
-        """
-        if group not in self.record["trees"]:
-            raise CheckpointError(f"{self.path} has no {group!r}")
-        tensors: Mapping[str, Mapping[str, Tensor]] = self.tensors
-        if own:
-            tensors = {name: _Cloned(found) for name, found in self.tensors.items()}
-        return decode(self.record["trees"][group], tensors, has_classes=has_classes)
-
-
-class _Cloned(dict[str, Tensor]):
-    """Tensors that are copied where they are asked for, each once."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __missing__(self, name: str) -> Tensor:
-        mapped = self._tensors[name]
-        self[name] = allocate(mapped.shape, mapped.dtype).copy_(mapped)
-        return self[name]
 
 
 class CheckpointStore:
@@ -165,10 +91,7 @@ class CheckpointStore:
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         text = json.dumps(index, indent=2).encode()
-        with open(folder / f"{group}{INDEX}", "xb") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
+        _write_synced(folder / f"{group}{INDEX}", text)
         entry = {"size_bytes": len(text), "crc32": [f"{zlib.crc32(text):08x}"]}
         return {**entries, f"{group}{INDEX}": entry}
 
@@ -217,7 +140,7 @@ class CheckpointStore:
         """Change values of a record, as a whole."""
         partial = path / f".{RECORD}"
         partial.unlink(missing_ok=True)
-        _write_record(partial, {**_read_record(path), **values})
+        _write_record(partial, {**read_record(path), **values})
         os.replace(partial, path / RECORD)
         _sync_folder(path)
 
@@ -245,12 +168,6 @@ class CheckpointStore:
                 report(f"skipped the checkpoint {path.name}: {error}")
         return None
 
-    def prune(self, keep_last: int) -> None:
-        """Delete all but the newest ``keep_last``, unread: call it after a commit."""
-        assert keep_last >= 1
-        for path in self.list()[keep_last:]:
-            self.remove(path)
-
     def remove(self, path: Path) -> None:
         """Delete a checkpoint, as a whole."""
         doomed = self.root / f".helios-{uuid.uuid4().hex}"  # never half of one
@@ -262,7 +179,7 @@ class CheckpointStore:
         for path in sorted(self.root.glob("[!.]*/")):
             try:
                 if not path.is_symlink():  # another name, such as "latest"
-                    yield path, _read_record(path)
+                    yield path, read_record(path)
             except CheckpointNotFoundError:
                 continue
             except CheckpointError:
@@ -273,72 +190,7 @@ def find_last_checkpoint(root: str | Path) -> Path | None:
     """The newest whole checkpoint in ``root`` and its direct subfolders."""
     folders = [Path(root), *Path(root).glob("[!.]*/")]
     found = [path for path in (CheckpointStore(f).find_last() for f in folders) if path]
-    return max(found, key=lambda path: _read_record(path)["created"], default=None)
-
-
-def read_checkpoint(
-    path: str | Path, *, verify: bool = True, advance: Advance = abs
-) -> Checkpoint:
-    """Open a checkpoint, whose tensors are then read where they are used.
-
-    `verify=False` compares the sizes of its files only, and not their checksums.
-    `advance` is called with the number of bytes that have been compared since.
-
-    Raises:
-        CheckpointNotFoundError: ``path`` is none.
-        CheckpointCorruptError: a file of it is missing, truncated or altered.
-    """
-    path = Path(path)
-    record, tensors = _read_record(path), dict[str, dict[str, Tensor]]()
-    damage = _find_damage(path, record, has_sums=False)
-    if verify and not damage:
-        damage = _find_damage(path, record, advance=advance)
-    for name, why in damage.items():
-        raise CheckpointCorruptError(f"{path / name}: {why}")
-    for name, entry in record["files"].items():
-        try:
-            if name.endswith(SUFFIX):
-                tensors.setdefault(entry["group"], {}).update(map_tensors(path / name))
-        except _DAMAGE as error:
-            raise CheckpointCorruptError(f"{path / name}: {error}") from error
-    return Checkpoint(path, record, tensors)
-
-
-def find_damage(path: str | Path, *, advance: Advance = abs) -> dict[str, str]:
-    """What is wrong with each file of a checkpoint, by name; empty where it is whole.
-
-    `advance` as for `read_checkpoint`.
-
-    Raises:
-        CheckpointError: it is none, or its record cannot be read.
-    """
-    return _find_damage(Path(path), _read_record(Path(path)), advance=advance)
-
-
-def _find_damage(
-    path: Path,
-    record: Mapping[str, Any],
-    *,
-    has_sums: bool = True,
-    advance: Advance = abs,
-) -> dict[str, str]:
-    found, sums = dict[str, str](), dict[str, Any]()
-    with ThreadPoolExecutor() as pool:  # of all files: most have but one chunk
-        for name, entry in record["files"].items():
-            try:
-                if Path(name).name != name:
-                    raise ValueError("it is a file elsewhere")
-                check_size(path / name, entry)
-                if has_sums:
-                    sums[name] = begin_sums(pool, path / name, entry)
-            except _DAMAGE as error:
-                found[name] = str(error)
-        for name, begun in sums.items():
-            try:
-                compare_sums(record["files"][name], begun, advance)
-            except _DAMAGE as error:
-                found[name] = str(error)
-    return found
+    return max(found, key=lambda path: read_record(path)["created"], default=None)
 
 
 def _write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -350,35 +202,15 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> None:
             f"the state's plain values take {len(body) >> 20} MiB, of at most "
             f"{MAX_RECORD_BYTES >> 20}; keep long lists of numbers as arrays"
         )
+    checksum = b"crc32:%08x" % zlib.crc32(body)
+    _write_synced(path, b'{"checksum": "%s", "record": %s}\n' % (checksum, body))
+
+
+def _write_synced(path: Path, data: bytes) -> None:
     with open(path, "xb") as out:
-        checksum = b"crc32:%08x" % zlib.crc32(body)
-        out.write(b'{"checksum": "%s", "record": %s}\n' % (checksum, body))
+        out.write(data)
         out.flush()
         os.fsync(out.fileno())
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        if not any(path.glob(f"*{SUFFIX}")) and not (path / RECORD).exists():
-            raise CheckpointNotFoundError(f"{path} is not the folder of a checkpoint")
-        found = (path / RECORD).lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > 2 * MAX_RECORD_BYTES:
-            raise ValueError("it is no plain file, or too large")
-        parts = _ENVELOPE.fullmatch((path / RECORD).read_bytes())
-        if parts is None or parts[1] != b"%08x" % zlib.crc32(parts[2]):
-            raise ValueError("it is truncated or altered")
-        record: dict[str, Any] = json.loads(parts[2])
-        if record["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {record['format']}, not {FORMAT}: Helios is too old"
-            )
-        created = datetime.fromisoformat(record["created"])
-        record["created"] = created.replace(tzinfo=UTC)
-        if not all(type(record[key]) is dict for key in ("trees", "files", "progress")):
-            raise ValueError("`trees`, `files` or `progress` is of another type")
-    except _DAMAGE as error:
-        raise CheckpointCorruptError(f"{path / RECORD}: {error}") from error
-    return record
 
 
 def _sync_folder(folder: Path) -> None:

@@ -181,13 +181,15 @@ def _sum_chunk(path: Path, start: int) -> str:
     return f"{found:08x}"
 
 
-def allocate(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def allocate(
+    shape: Sequence[int], dtype: torch.dtype, *, is_pinned: bool = False
+) -> Tensor:
     """A tensor in host memory, in large pages where the system has them.
 
-    The first use of memory in small pages takes several times as long as a copy.
+    The first use of memory in small ones takes several times as long as a copy.
     """
-    tensor = torch.empty(shape, dtype=dtype)
-    if hasattr(mmap, "MADV_HUGEPAGE") and tensor.nbytes >= 1 << 21:
+    tensor = torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
+    if not is_pinned and tensor.nbytes >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):
         before = tensor.data_ptr() % mmap.PAGESIZE
         start = ctypes.c_void_p(tensor.data_ptr() - before)
         length = ctypes.c_size_t(before + tensor.nbytes)

@@ -37,7 +37,8 @@ class BackgroundWriter:
 
         def make() -> None:
             for place, (shape, dtype, is_pinned) in traits.items():
-                self._buffers[place] = _buffer(shape, dtype, is_pinned).zero_()
+                buffer = allocate(shape, dtype, is_pinned=is_pinned)
+                self._buffers[place] = buffer.zero_()
 
         self.submit(make)
 
@@ -57,7 +58,7 @@ class BackgroundWriter:
                     buffer = old.pop((file, name), None)
                     traits = live.shape, live.dtype
                     if buffer is None or (buffer.shape, buffer.dtype) != traits:
-                        buffer = _buffer(live.shape, live.dtype, live.is_cuda)
+                        buffer = allocate(*traits, is_pinned=live.is_cuda)
                     self._buffers[file, name] = buffer.copy_(
                         live, non_blocking=live.is_cuda
                     )
@@ -96,9 +97,3 @@ class BackgroundWriter:
             job()
         except BaseException as error:  # nothing may end the thread unnoticed
             self._error = self._error or error
-
-
-def _buffer(shape: torch.Size, dtype: torch.dtype, is_pinned: bool) -> Tensor:
-    if is_pinned:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
-    return allocate(shape, dtype)

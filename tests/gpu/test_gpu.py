@@ -75,3 +75,18 @@ def test_fp16_on_a_gpu_has_a_scaler_whose_state_is_saved(tmp_path):
     scaler = read_checkpoint(find_last_checkpoint(tmp_path)).tree("training")["scaler"]
     assert scaler["scale"] > 0
     assert scaler["_growth_tracker"] == 8
+
+
+def test_what_was_on_the_gpu_comes_back_to_it_from_the_file(tmp_path):
+    run(tmp_path)
+    checkpoint = read_checkpoint(find_last_checkpoint(tmp_path))
+    device = torch.device("cuda", 0)
+    state = checkpoint.tree("training", own=True, device=device)["model"]
+    entries = [e for o in state["optimizers"].values() for e in o["state"].values()]
+    assert {(name, v.device.type) for e in entries for name, v in e.items()} == {
+        *(("step", "cpu"), ("exp_avg", "cuda"), ("exp_avg_sq", "cuda")),
+        ("momentum_buffer", "cuda"),
+    }
+    assert not checkpoint.tree("rank_0", own=True, device=device)["rng"][
+        "torch"
+    ].is_cuda

@@ -6,7 +6,7 @@ import json
 import struct
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
@@ -84,12 +84,16 @@ register_type(Point)
 register_type(Celsius, lambda c: [c.degrees], lambda t: Celsius(*t), name="celsius")
 
 
+def decoded(plain: Any, files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
+    return decode(plain, lambda path, file, name: files[file][name])
+
+
 def through_json(tree: Any) -> Any:
     encoder = Encoder()
     # As the store does it.
     text = json.dumps(encoder.encode(tree, file="f"), ensure_ascii=False)
     plain = json.loads(text.encode(errors="surrogatepass"))
-    return decode(plain, encoder.files)
+    return decoded(plain, encoder.files)
 
 
 def assert_same(a: Any, b: Any) -> None:
@@ -212,7 +216,7 @@ def test_conjugated_and_negated_views_are_stored_as_what_they_show() -> None:
     value = torch.tensor([1 + 2j, 3 - 4j])
     encoder = Encoder()
     tree = [value.conj(), value.conj().imag, value.imag, value]
-    got = decode(encoder.encode(tree, file="f"), encoder.files)
+    got = decoded(encoder.encode(tree, file="f"), encoder.files)
     assert got[0].tolist() == [1 - 2j, 3 + 4j]
     assert got[1].tolist() == [-2.0, 4.0]
     assert got[2].tolist() == [2.0, -4.0]
@@ -251,7 +255,7 @@ def test_names_that_collide_or_are_unsafe_are_made_unique_and_safe() -> None:
     tree |= {"__metadata__": torch.ones(3), "\ud800": torch.ones(4), "": torch.ones(5)}
     encoder = Encoder()
     plain = encoder.encode(tree, file="f")
-    assert_same(tree, decode(plain, encoder.files))
+    assert_same(tree, decoded(plain, encoder.files))
     names = ["a.b", "a.b~1", "_", "__metadata__~3", "_~4", "value"]
     assert list(encoder.files["f"]) == names
 
@@ -260,7 +264,7 @@ def test_a_name_that_looks_like_one_made_unique_is_no_trap() -> None:
     ones = [torch.full((1,), n) for n in range(4)]
     tree = {"a.b~2": ones[0], "a": {"b": ones[1]}, "a.b": ones[2], "a.b~2~2": ones[3]}
     encoder = Encoder()
-    assert_same(tree, decode(encoder.encode(tree, file="f"), encoder.files))
+    assert_same(tree, decoded(encoder.encode(tree, file="f"), encoder.files))
 
 
 def test_tied_tensors_are_stored_once_and_come_back_as_one_object() -> None:
@@ -272,7 +276,7 @@ def test_tied_tensors_are_stored_once_and_come_back_as_one_object() -> None:
     assert list(encoder.files["model"]) == ["a", "h"]
     assert list(encoder.files["training"]) == ["1"]
     assert encoder.aliases == {"model": {"b": "a"}, "training": {}}
-    got, others = decode([model, rest], encoder.files)
+    got, others = decoded([model, rest], encoder.files)
     assert got["a"] is got["b"]
     assert got["a"] is others[0]
     assert others[1].tolist() == shared.t().tolist()
@@ -294,9 +298,9 @@ def test_tensors_freed_between_calls_are_not_taken_for_one_another() -> None:
         for n in range(20)
     ]
     empty = [encoder.encode(torch.empty(0), file="f") for _ in range(20)]
-    got = decode(full, encoder.files)
+    got = decoded(full, encoder.files)
     assert [tensor[0].real.item() for tensor in got] == [*range(20), *range(20)]
-    assert len({id(tensor) for tensor in decode(empty, encoder.files)}) == 20
+    assert len({id(tensor) for tensor in decoded(empty, encoder.files)}) == 20
 
 
 def cyclic() -> Any:
@@ -385,7 +389,7 @@ def test_tied_tensors_of_a_dtype_that_goes_as_bytes_are_stored_once() -> None:
     encoder = Encoder()
     plain = encoder.encode({"a": value, "b": value[:], "t": value.T}, file="f")
     assert list(encoder.files["f"]) == ["a", "t"]
-    got = decode(plain, encoder.files)
+    got = decoded(plain, encoder.files)
     assert_same(got, {"a": value, "b": value, "t": value.T})
 
 
@@ -406,12 +410,12 @@ def test_state_of_every_scheduler_of_torch_can_be_stored() -> None:
 def test_class_that_is_not_imported_is_named_and_not_imported() -> None:
     plain = {"$": "enum", "v": ["this_module:Nothing", "ONE"]}
     with pytest.raises(CheckpointError, match="'this_module:Nothing', which is not th"):
-        decode(plain, {})
+        decoded(plain, {})
     for name in ("os:system", "builtins:eval", "subprocess:Popen", f"{__name__}:Point"):
         for tag in ("enum", "namedtuple"):
             node = {"$": tag, "v": [name, ["x"]]}
             with pytest.raises(CheckpointError, match="which is not there"):
-                decode(node, {})
+                decoded(node, {})
     assert "this_module" not in sys.modules
 
 
@@ -419,14 +423,14 @@ def test_fields_that_have_changed_are_an_error_and_not_mistaken() -> None:
     pair, point = f"{__name__}:Pair", f"{__name__}:Point"
     for fields in ({"right": 2, "left": 1}, [1, 2]):  # the latter as in older files
         node = {"$": "namedtuple", "v": [pair, fields]}
-        assert decode(node, {}) == Pair(1, 2)
+        assert decoded(node, {}) == Pair(1, 2)
     for node in (
         {"$": "namedtuple", "v": [pair, [1, 2, 3]]},
         {"$": "namedtuple", "v": [pair, {"left": 1, "z": 2}]},
         {"$": "type", "v": [point, {"x": 1, "weights": 2}]},
     ):
         with pytest.raises(CheckpointError, match=r"P(air|oint)' had .* fields") as got:
-            decode(node, {})
+            decoded(node, {})
         assert got.type is CheckpointError  # the file is not at fault
 
 
@@ -459,7 +463,7 @@ def test_class_that_is_defined_again_takes_the_place_of_the_older() -> None:
 
 def test_registered_name_that_is_not_known_says_what_to_import() -> None:
     with pytest.raises(CheckpointError, match="registered as 'kelvin'; import"):
-        decode({"$": "type", "v": ["kelvin", [1]]}, {})
+        decoded({"$": "type", "v": ["kelvin", [1]]}, {})
 
 
 def test_wrong_registrations_are_errors() -> None:
@@ -523,7 +527,7 @@ junk = st.recursive(
 @given(junk)
 def test_malformed_plain_data_are_corrupt_and_nothing_else(plain: Any) -> None:
     with contextlib.suppress(CheckpointError):
-        decode(plain, FILES)
+        decoded(plain, FILES)
 
 
 def nodes(plain: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -547,12 +551,12 @@ def test_a_tree_with_one_node_replaced_is_decoded_or_corrupt(
         node = node[step]
     node[last] = other
     with contextlib.suppress(CheckpointError):
-        decode(plain, encoder.files)
+        decoded(plain, encoder.files)
 
 
 def test_plain_data_nested_too_deep_are_corrupt() -> None:
     with pytest.raises(CheckpointCorruptError):
-        decode(_deep_plain(), {})
+        decoded(_deep_plain(), {})
 
 
 def _deep_plain() -> Any:
