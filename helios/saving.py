@@ -226,10 +226,16 @@ class Saver:
             record["is_best"] = marks[self.store.root / name]
         known = {**others, folder: replaced} if replaced else others
         path = self.store.commit(folder, name, record, known)
-        for older, values in others.items() if best is not None else ():
-            if bool(values.get("is_best")) != marks[older]:
-                self.store.amend(older, is_best=marks[older])
-        self._prune(found)
+        try:
+            for older, values in others.items() if best is not None else ():
+                if bool(values.get("is_best")) != marks[older]:
+                    self.store.amend(older, is_best=marks[older])
+            self._prune(found)
+        except (OSError, CheckpointError) as error:
+            self._session.logger.error(
+                "OLDER CHECKPOINTS COULD NOT BE MARKED OR DELETED, %s is written: %s",
+                *(name, error),
+            )
         try:
             hooks = self._session.callbacks
             for hook in overridden(hooks, Callback.on_checkpoint_saved):

@@ -1,6 +1,7 @@
 """When checkpoints are made, and which of them stay."""
 
 import collections
+import errno
 import os
 import shutil
 import signal
@@ -205,6 +206,24 @@ def test_replaced_checkpoint_does_not_count(tmp_path):
     records = CheckpointStore(tmp_path / "ids").records().values()
     marks = {r["progress"]["current_iteration"]: r["is_best"] for r in records}
     assert marks == {1: True, 2: False}
+
+
+@pytest.mark.parametrize("operation", ["amend", "remove"])
+def test_older_ones_that_resist_do_not_make_the_new_one_a_failure(
+    tmp_path, monkeypatch, capsys, operation
+):
+    def resist(self, path, **values):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(CheckpointStore, operation, resist)
+    best = helios.KeepBest("accuracy")
+    recorder = scored(tmp_path, [0.1, 0.5, 0.9], best, total_steps=3)[1]
+    said = capsys.readouterr().err
+    assert "OLDER CHECKPOINTS COULD NOT BE MARKED OR DELETED" in said
+    assert "resource busy" in said
+    assert "COULD NOT BE WRITTEN" not in said
+    assert steps(tmp_path) == [1, 2, 3]
+    assert len(recorder.saved) == 3
 
 
 def test_value_of_another_step_does_not_count(tmp_path):
