@@ -9,7 +9,7 @@ import re
 import stat
 import zlib
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,13 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from helios.checkpoint.codec import Place, decode
-from helios.checkpoint.tensors import (
-    allocate,
-    begin_sums,
-    check_size,
-    compare_sums,
-    map_tensors,
-)
+from helios.checkpoint.tensors import begin_sums, check_size, compare_sums, map_tensors
 from helios.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -38,6 +32,7 @@ RECORD = "helios.json"
 SUFFIX = ".safetensors"
 #: Larger ones would take much memory to read.
 MAX_RECORD_BYTES = 1 << 26
+_SMALL_BYTES = 1 << 20
 _ENVELOPE = re.compile(
     rb'\{"checksum": "crc32:([0-9a-f]{8})", "record": (\{.*\})\}\n', re.DOTALL
 )
@@ -80,6 +75,7 @@ class Checkpoint:
         registered types were.
         """
         made = dict[tuple[str, str], Tensor]()
+        copies = list[Future[Tensor]]()
 
         def find(path: Place, file: str, name: str, there: str = "cpu") -> Tensor:
             mapped = self.tensors[file][name]
@@ -88,15 +84,25 @@ class Checkpoint:
                 return mapped
             if (file, name) in made:  # it is one tensor, in several places
                 return made[file, name]
-            if moves:
-                made[file, name] = mapped.to(device)
+            made[file, name] = found = torch.empty_like(
+                mapped, device=device if moves else None
+            )
+            if moves or found.nbytes < _SMALL_BYTES:  # numbers are looked at at once
+                found.copy_(mapped)
             else:
-                made[file, name] = allocate(mapped.shape, mapped.dtype).copy_(mapped)
-            return made[file, name]
+                copies.append(pool.submit(found.copy_, mapped))
+            return found
 
         if group not in self.record["trees"]:
             raise CheckpointError(f"{self.path} has no {group!r}")
-        return decode(self.record["trees"][group], find, has_classes=has_classes)
+        plain = self.record["trees"][group]
+        # Side by side: the first use of memory takes longer than the copy. What is made
+        # in inference mode would carry its restrictions along.
+        with torch.inference_mode(False), ThreadPoolExecutor() as pool:
+            tree = decode(plain, find, has_classes=has_classes)
+            for copy in copies:
+                copy.result()
+        return tree
 
 
 def read_checkpoint(

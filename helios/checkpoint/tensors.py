@@ -5,9 +5,7 @@ have to be read again for the checksums.
 """
 
 import contextlib
-import ctypes
 import json
-import mmap
 import os
 import stat
 import zlib
@@ -179,23 +177,6 @@ def _sum_chunk(path: Path, start: int) -> str:
             found = zlib.crc32(buffer[:count], found)
             start += count
     return f"{found:08x}"
-
-
-def allocate(
-    shape: Sequence[int], dtype: torch.dtype, *, is_pinned: bool = False
-) -> Tensor:
-    """A tensor in host memory, in large pages where the system has them.
-
-    The first use of memory in small ones takes several times as long as a copy.
-    """
-    tensor = torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
-    if not is_pinned and tensor.nbytes >= 1 << 21 and hasattr(mmap, "MADV_HUGEPAGE"):
-        before = tensor.data_ptr() % mmap.PAGESIZE
-        start = ctypes.c_void_p(tensor.data_ptr() - before)
-        length = ctypes.c_size_t(before + tensor.nbytes)
-        # It is advice: nothing depends on what comes of it.
-        ctypes.CDLL(None).madvise(start, length, mmap.MADV_HUGEPAGE)
-    return tensor
 
 
 def map_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -7,7 +7,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from helios.checkpoint.tensors import allocate
 from helios.errors import CheckpointError
 
 Files: TypeAlias = dict[str, dict[str, Tensor]]
@@ -37,7 +36,7 @@ class BackgroundWriter:
 
         def make() -> None:
             for place, (shape, dtype, is_pinned) in traits.items():
-                buffer = allocate(shape, dtype, is_pinned=is_pinned)
+                buffer = torch.empty(shape, dtype=dtype, pin_memory=is_pinned)
                 self._buffers[place] = buffer.zero_()
 
         self.submit(make)
@@ -58,7 +57,9 @@ class BackgroundWriter:
                     buffer = old.pop((file, name), None)
                     traits = live.shape, live.dtype
                     if buffer is None or (buffer.shape, buffer.dtype) != traits:
-                        buffer = allocate(*traits, is_pinned=live.is_cuda)
+                        buffer = torch.empty(
+                            live.shape, dtype=live.dtype, pin_memory=live.is_cuda
+                        )
                     self._buffers[file, name] = buffer.copy_(
                         live, non_blocking=live.is_cuda
                     )

@@ -30,6 +30,7 @@ from helios.checkpoint import (
 from helios.checkpoint import store as store_module
 from helios.checkpoint import tensors as tensors_module
 from helios.checkpoint.reading import FORMAT
+from helios.differences import differences
 from helios.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -205,6 +206,18 @@ def test_own_tensors_that_were_one_stay_one(tmp_path: Path) -> None:
     tree = checkpoint.tree("x", own=True)
     assert tree["a"] is tree["b"][0]
     assert tree["a"] is not checkpoint.tree("x")["a"]
+
+
+def test_own_tensors_large_and_small_are_copied_as_they_are(tmp_path: Path) -> None:
+    tree = {n: torch.arange(float(n)) for n in (1, 1 << 18, 1 << 20)}
+    tree |= {"number": np.float32(0.1), "t": torch.ones(2, 1 << 18).T}
+    checkpoint = read_checkpoint(save(CheckpointStore(tmp_path), "a", 1, x=tree))
+    with torch.inference_mode():
+        own = checkpoint.tree("x", own=True)
+    assert list(differences(tree, own, "x")) == []
+    assert not any(v.is_inference() for v in own.values() if v is not own["number"])
+    mapped = {t.data_ptr() for t in checkpoint.tensors["x"].values()}
+    assert not mapped & {own[n].data_ptr() for n in (1, 1 << 18, 1 << 20)}
 
 
 def test_tensors_that_are_copied_anyway_stay_in_the_file(tmp_path: Path) -> None:
