@@ -164,6 +164,8 @@ class Engine:
         for optimizer in optimizers if self.accumulation_steps > 1 else []:
             self._put_in_window(out[id(optimizer)])
         self._networks = [net for net in out.values() if isinstance(net, nn.Module)]
+        for net in self._networks if self.world_size > 2 else []:
+            _settle_buckets(getattr(net, "_orig_mod", net))
         for scheduler in [] if self._is_bare else schedulers:
             own = getattr(scheduler, "optimizer", None)
             drivers = [out[id(o)] for o in optimizers if own in (o, None)]
@@ -310,6 +312,22 @@ class Engine:
         self.accelerator.sync_gradients = True
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def _settle_buckets(net: Any) -> None:
+    """Give each gradient its place for good; every rank must call.
+
+    DDP arranges the gradients anew after its first backward, as they came. With three
+    ranks and more, that changes the order in which their sums are made, and so the
+    bits of a resumed run's first step. A backward of nothing takes that step's place.
+    """
+    is_plain = isinstance(net, nn.parallel.DistributedDataParallel)
+    if not is_plain or net.find_unused_parameters or net.static_graph:
+        return  # the former keeps the first order, the latter takes it from the step
+    net.reducer.prepare_for_backward([])
+    for parameter in reversed([p for p in net.parameters() if p.requires_grad]):
+        torch.autograd.backward(parameter, torch.zeros_like(parameter))
+    net.zero_grad()
 
 
 def _kinds_beside_tensors(values: Any) -> set[str]:
