@@ -103,6 +103,8 @@ def from_accelerate(
         CheckpointNotFoundError: it is no such folder.
         CheckpointError: a file cannot be read without running code.
     """
+    if (folder / "helios.json").exists():
+        raise CheckpointError(f"{folder} is a checkpoint of Helios already")
     model: dict[str, Any] = {}
     for kind, first in _FILES.items():
         states = [_read(path) for path in _files(folder, first)]
@@ -304,9 +306,9 @@ def _read(path: Path) -> Any:
         with _numpy_is_safe():
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any kind, for a file of any contents
-        text = str(error)
-        wanted = re.search(r"GLOBAL (\S+)", text)
-        why = f"it needs {wanted[1]}" if wanted else text.partition("\n")[0]
+        wanted = re.search(r"GLOBAL (\S+)", text := str(error))
+        advice = r"\n|Re-running|\(1\)"  # on how to run the code all the same
+        why = f"it needs {wanted[1]}" if wanted else re.split(advice, text)[0].strip()
         raise CheckpointError(
             f"{path} cannot be read without running code of its own: {why}"
         ) from error

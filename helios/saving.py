@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from helios.background import BackgroundWriter
 from helios.callbacks.base import Callback, overridden
-from helios.checkpoint import BackgroundWriter, CheckpointStore
+from helios.checkpoint import CheckpointStore
 from helios.checkpoint.store import MAX_SHARD_BYTES
 from helios.errors import CheckpointError
 from helios.state import TrainingUnit, check_name
@@ -197,7 +198,11 @@ class Saver:
         record = {
             "progress": state.dict(),
             "identity": session.identity,
-            "metrics": session.metrics(),
+            # JSON has no others: "nan", "inf" and "-inf" are what `float` takes back.
+            "metrics": {
+                name: value if math.isfinite(value) else str(value)
+                for name, value in session.metrics().items()
+            },
             "trees": {rank: tree for rank, tree, *_ in ranks} | trees,
         }
 

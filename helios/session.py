@@ -238,9 +238,14 @@ class Session:
         return rank
 
     def _tree(self, checkpoint: Checkpoint, group: str, *, own: bool = True) -> Any:
-        # The networks' weights are copied out of the files into those that there are.
-        copied = ("model", "networks") if group == "training" else ()
-        return checkpoint.tree(group, own=own, device=self.engine.device, copied=copied)
+        def copied(path: Sequence[str | int]) -> bool:
+            """Whether it is a network's, which copies it: all but its extra state."""
+            is_network = group == "training" and path[:2] == ("model", "networks")
+            is_extra = any(str(key).endswith("_extra_state") for key in path)
+            return is_network and not is_extra
+
+        device = self.engine.device
+        return checkpoint.tree(group, own=own, device=device, copied=copied)
 
     def keep(self, what: str | None) -> None:
         """Keep the "latest" or the "means" for :meth:`flush`; None: write at once."""

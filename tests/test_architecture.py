@@ -37,6 +37,7 @@ LAYERS = {
     "differences": 1,
     "fingerprint": 1,
     "signals": 1,
+    "background": 1,
     "workers": 1,
     "data.permutation": 1,
     "data.samplers": 1,
@@ -62,7 +63,6 @@ LAYERS = {
     "engine": 2,
     "checkpoint": 2,
     "checkpoint.store": 2,
-    "checkpoint.writer": 2,
     # what users subclass or attach; one execution
     "model": 3,
     "data": 3,

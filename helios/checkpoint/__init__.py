@@ -1,5 +1,6 @@
 """Checkpoints: pickle-free, atomic, verified, written in the background."""
 
+from helios.background import BackgroundWriter as BackgroundWriter
 from helios.checkpoint.codec import Encoder as Encoder
 from helios.checkpoint.codec import decode as decode
 from helios.checkpoint.reading import Checkpoint as Checkpoint
@@ -8,4 +9,3 @@ from helios.checkpoint.reading import read_checkpoint as read_checkpoint
 from helios.checkpoint.store import CheckpointStore as CheckpointStore
 from helios.checkpoint.store import find_last_checkpoint as find_last_checkpoint
 from helios.checkpoint.types import register_type as register_type
-from helios.checkpoint.writer import BackgroundWriter as BackgroundWriter

@@ -2,13 +2,15 @@
 
 ``None``, bools, ints, finite floats, strings, lists, and dicts with string keys stand
 for themselves; all else is ``{"$": tag, "v": payload}``, a tensor ``[file, name]``, and
-the type of its device if that is not the host's memory. Not kept: strides, which of
-several devices, ``requires_grad``, and which lists and dicts are the same one.
+its device and the order of its dimensions where they are not as usual. Not kept: gaps
+and overlaps of views, which of several devices, ``requires_grad``, and which lists and
+dicts are the same one.
 """
 
 import math
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any, TypeAlias
 
 import torch
@@ -26,9 +28,9 @@ from helios.errors import CheckpointCorruptError, CheckpointError, UnstorableErr
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Place: TypeAlias = tuple[str | int, ...]  # the keys on the way to a value
-#: Gets a tensor's place in the tree, its file, its name, and the type of its device
-#: where that was another than "cpu".
-Find: TypeAlias = Callable[..., Tensor]
+#: Gets a tensor's place in the tree, its file, its name, and perhaps the type of its
+#: device and the order of its dimensions; gives the tensor, or who is going to have it.
+Find: TypeAlias = Callable[..., Tensor | Future[Tensor]]
 
 _MAX_DEPTH = 100
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
@@ -123,8 +125,11 @@ class Encoder:
             self.files[file][name] = stored if is_known else _bytes(stored)
             self._places[key] = (file, name, tensor)
             home, first = file, name
-        there = [] if tensor.device.type == "cpu" else [tensor.device.type]
-        plain: Json = {"$": "tensor", "v": [home, first, *there]}
+        order = _order(tensor) if is_known else None
+        where: list[Json] = [tensor.device.type, order]
+        if order is None:
+            where = [] if tensor.device.type == "cpu" else where[:1]
+        plain: Json = {"$": "tensor", "v": [home, first, *where]}
         if is_known:
             return plain
         return {"$": "viewed", "v": [str(tensor.dtype), list(tensor.shape), plain]}
@@ -140,25 +145,46 @@ def decode(plain: Any, find: Find, *, has_classes: bool = True) -> Any:
         CheckpointError: a class in it is not imported, or not registered.
     """
     try:
-        back = BACK if has_classes else BACK_WITHOUT_CLASSES
-        return _decode(plain, (), find, back)
+        found = dict[int, Any]()
+        _find(plain, (), find, found)
+        # All are there before a function of the user's looks at one.
+        for key, tensor in found.items():
+            found[key] = tensor.result() if isinstance(tensor, Future) else tensor
+        return _decode(plain, found, BACK if has_classes else BACK_WITHOUT_CLASSES)
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointCorruptError(f"a tree is malformed: {error!r}") from error
 
 
-def _decode(node: Any, path: Place, find: Find, back: Mapping[str, Any]) -> Any:
+def _find(node: Any, path: Place, find: Find, found: dict[int, Any]) -> None:
+    """Find the tensors below a node; each stands under the ``id`` of its node."""
     if type(node) is list:
-        return [_decode(v, (*path, i), find, back) for i, v in enumerate(node)]
+        for index, item in enumerate(node):
+            _find(item, (*path, index), find, found)
+    elif type(node) is dict and "$" not in node:
+        for key, value in node.items():
+            _find(value, (*path, key), find, found)
+    elif type(node) is dict and node["$"] == "tensor":
+        found[id(node)] = find(path, *node["v"])
+    elif type(node) is dict and node["$"] in ("dict", "OrderedDict", "Counter"):
+        for key, value in node["v"]:  # paths name keys, not pairs
+            _find(key, path, find, found)
+            _find(value, (*path, key if type(key) is str else "key"), find, found)
+    elif type(node) is dict:
+        _find(node["v"], path, find, found)
+
+
+def _decode(node: Any, found: Mapping[int, Any], back: Mapping[str, Any]) -> Any:
+    if type(node) is list:
+        return [_decode(item, found, back) for item in node]
     if type(node) is not dict:
         return node
     if "$" not in node:
-        return {k: _decode(v, (*path, k), find, back) for k, v in node.items()}
-    tag, payload = node["$"], node["v"]
-    if tag == "tensor":
-        return find(path, *payload)
-    return back[tag](_decode(payload, path, find, back))
+        return {key: _decode(value, found, back) for key, value in node.items()}
+    if node["$"] == "tensor":
+        return found[id(node)]
+    return back[node["$"]](_decode(node["v"], found, back))
 
 
 def _is_small(value: object) -> bool:
@@ -172,6 +198,15 @@ def _refusal(path: Place, what: str) -> UnstorableError:
         f"`{where}` {what}: it has no stored form; leave "
         "it out of the state, or return it from `user_state_dict` in another form"
     )
+
+
+def _order(tensor: Tensor) -> list[Json] | None:
+    """The dimensions from the outermost in memory on; None: as they are counted."""
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = sorted(range(tensor.ndim), key=lambda dim: -strides[dim])
+    return [*order] if tensor.permute(order).is_contiguous() else None  # has gaps
 
 
 def _bytes(tensor: Tensor) -> Tensor:

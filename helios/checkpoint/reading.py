@@ -8,7 +8,7 @@ import json
 import re
 import stat
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,6 +32,7 @@ RECORD = "helios.json"
 SUFFIX = ".safetensors"
 #: Larger ones would take much memory to read.
 MAX_RECORD_BYTES = 1 << 26
+_MAX_FILE_BYTES = MAX_RECORD_BYTES + 100  # with the checksum around it
 _SMALL_BYTES = 1 << 20
 _ENVELOPE = re.compile(
     rb'\{"checksum": "crc32:([0-9a-f]{8})", "record": (\{.*\})\}\n', re.DOTALL
@@ -62,36 +63,39 @@ class Checkpoint:
         *,
         own: bool = False,
         device: torch.device | None = None,
-        copied: Place = (),
+        copied: Callable[[Place], bool] = lambda path: False,
         has_classes: bool = True,
     ) -> Any:
         """Decode one group.
 
         Its tensors are those of `tensors`, which are of use as long as nobody truncates
-        the files; with `own`, they have memory of their own. Those that were on a GPU
-        go there, without a copy on the host, if `device` is one. Neither is for those
-        below the place `copied`, which whoever gets the tree copies himself.
+        the files. With `own`, they have memory of their own, laid out as it was. What
+        was on a GPU goes there, without a copy on the host, if `device` is one. Neither
+        is for those at the places that are `copied`: by whoever gets the tree.
         `has_classes=False` puts names where the program's own enums, named tuples and
         registered types were.
         """
-        made = dict[tuple[str, str], Tensor]()
-        copies = list[Future[Tensor]]()
+        made = dict[tuple[str, str], Tensor | Future[Tensor]]()
 
-        def find(path: Place, file: str, name: str, there: str = "cpu") -> Tensor:
+        def find(
+            path: Place, file: str, name: str, there: str = "cpu", order: Any = None
+        ) -> Tensor | Future[Tensor]:
             mapped = self.tensors[file][name]
             moves = device is not None and "cpu" not in (there, device.type)
-            if (copied and path[: len(copied)] == copied) or not (own or moves):
+            if copied(path) or not (own or moves):
                 return mapped
-            if (file, name) in made:  # it is one tensor, in several places
-                return made[file, name]
-            made[file, name] = found = torch.empty_like(
-                mapped, device=device if moves else None
-            )
-            if moves or found.nbytes < _SMALL_BYTES:  # numbers are looked at at once
-                found.copy_(mapped)
-            else:
-                copies.append(pool.submit(found.copy_, mapped))
-            return found
+            if (file, name) not in made:  # else it is one tensor, in several places
+                empty = torch.empty_permuted(
+                    tuple(mapped.shape),
+                    tuple(range(mapped.ndim) if order is None else order),
+                    dtype=mapped.dtype,
+                    device=device if moves else None,
+                )
+                if moves or empty.nbytes < _SMALL_BYTES:
+                    made[file, name] = empty.copy_(mapped)
+                else:
+                    made[file, name] = pool.submit(empty.copy_, mapped)
+            return made[file, name]
 
         if group not in self.record["trees"]:
             raise CheckpointError(f"{self.path} has no {group!r}")
@@ -99,10 +103,7 @@ class Checkpoint:
         # Side by side: the first use of memory takes longer than the copy. What is made
         # in inference mode would carry its restrictions along.
         with torch.inference_mode(False), ThreadPoolExecutor() as pool:
-            tree = decode(plain, find, has_classes=has_classes)
-            for copy in copies:
-                copy.result()
-        return tree
+            return decode(plain, find, has_classes=has_classes)
 
 
 def read_checkpoint(
@@ -119,11 +120,9 @@ def read_checkpoint(
     """
     path = Path(path)
     record, tensors = read_record(path), dict[str, dict[str, Tensor]]()
-    damage = _find_damage(path, record, None)
-    if verify and not damage:
-        damage = _find_damage(path, record, advance)
-    for name, why in damage.items():
-        raise CheckpointCorruptError(f"{path / name}: {why}")
+    for check in (None, advance) if verify else (None,):
+        for name, why in _damage(path, record, check):
+            raise CheckpointCorruptError(f"{path / name}: {why}")
     for name, entry in record["files"].items():
         try:
             if name.endswith(SUFFIX):
@@ -141,15 +140,16 @@ def find_damage(path: str | Path, *, advance: Advance = abs) -> dict[str, str]:
     Raises:
         CheckpointError: it is none, or its record cannot be read.
     """
-    return _find_damage(Path(path), read_record(Path(path)), advance)
+    return dict(_damage(Path(path), read_record(Path(path)), advance))
 
 
-def _find_damage(
+def _damage(
     path: Path, record: Mapping[str, Any], advance: Advance | None
-) -> dict[str, str]:
-    """As `find_damage`; without `advance` by the files' sizes only."""
-    found, sums = dict[str, str](), dict[str, Any]()
-    with ThreadPoolExecutor() as pool:  # of all files: most have but one chunk
+) -> Iterator[tuple[str, str]]:
+    """The files that are damaged, and why; without `advance` by their sizes only."""
+    sums = dict[str, Any]()
+    pool = ThreadPoolExecutor()  # of all files: most have but one chunk
+    try:
         for name, entry in record["files"].items():
             try:
                 if Path(name).name != name:
@@ -158,13 +158,14 @@ def _find_damage(
                 if advance is not None:
                     sums[name] = begin_sums(pool, path / name, entry)
             except _DAMAGE as error:
-                found[name] = str(error)
+                yield name, str(error)
         for name, begun in sums.items():
             try:
                 compare_sums(record["files"][name], begun, advance or abs)
             except _DAMAGE as error:
-                found[name] = str(error)
-    return found
+                yield name, str(error)
+    finally:  # also where one is enough, or at an interrupt
+        pool.shutdown(cancel_futures=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -173,7 +174,7 @@ def read_record(path: Path) -> dict[str, Any]:
         if not any(path.glob(f"*{SUFFIX}")) and not (path / RECORD).exists():
             raise CheckpointNotFoundError(f"{path} is not the folder of a checkpoint")
         found = (path / RECORD).lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > 2 * MAX_RECORD_BYTES:
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_FILE_BYTES:
             raise ValueError("it is no plain file, or too large")
         parts = _ENVELOPE.fullmatch((path / RECORD).read_bytes())
         if parts is None or parts[1] != b"%08x" % zlib.crc32(parts[2]):

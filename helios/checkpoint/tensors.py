@@ -12,7 +12,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO
+from queue import Queue
+from threading import Thread
+from typing import Any, BinaryIO, Self
 
 import torch
 from safetensors import safe_open
@@ -74,40 +76,48 @@ def write_tensors(
         }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    writer = _Summing(out)
-    writer.write(memoryview(len(text).to_bytes(8, "little") + text))
-    for name in order:
-        flat = tensors[name].contiguous().reshape(-1)
-        if flat.numel():
-            data: Any = flat.view(torch.uint8).numpy()
-            writer.write(memoryview(data))
+    with _Summing(out) as writer:
+        writer.write(memoryview(len(text).to_bytes(8, "little") + text))
+        for name in order:
+            flat = tensors[name].contiguous().reshape(-1)
+            if flat.numel():
+                data: Any = flat.view(torch.uint8).numpy()
+                writer.write(memoryview(data))
     return writer.entry()
 
 
 class _Summing:
-    """Writes to a file, and sums up each chunk meanwhile, on a thread of its own."""
+    """Writes to a file, and sums up each chunk meanwhile, on a thread of its own.
+
+    An executor would not do: none takes anything on once the main thread has ended, and
+    a checkpoint may be in work then.
+    """
 
     def __init__(self, out: BinaryIO) -> None:
-        self._out, self._size, self._sums, self._sum = out, 0, list[str](), 0
+        self._out, self._size = out, 0
         self._begun = 0  # bytes that are on their way to the disk
-        self._pool = ThreadPoolExecutor(1)
+        self._sums = list[str]()
+        self._pieces = Queue[memoryview | None](8)
+        self._thread = Thread(target=self._sum_up, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pieces.put(None)
+        self._thread.join()
 
     def write(self, data: memoryview) -> None:
         start = 0
         while start < len(data):
             left = CHUNK_BYTES - self._size % CHUNK_BYTES
             piece = data[start : start + min(left, _PIECE_BYTES)]
-            job: Future[int] | None = None
-            if len(piece) >= 1 << 16:  # else a thread costs more than it saves
-                job = self._pool.submit(zlib.crc32, piece, self._sum)
+            self._pieces.put(piece)
             self._out.write(piece)
-            self._sum = job.result() if job else zlib.crc32(piece, self._sum)
             self._size += len(piece)
             start += len(piece)
             self._write_back()
-            if self._size % CHUNK_BYTES == 0:
-                self._sums.append(f"{self._sum:08x}")
-                self._sum = 0
 
     def _write_back(self) -> None:
         """Have the disk begin: at the end it would have all to do."""
@@ -119,17 +129,31 @@ class _Summing:
                 os.posix_fadvise(self._out.fileno(), self._begun, new, advice)
             self._begun = self._size
 
+    def _sum_up(self) -> None:
+        size = total = 0
+        while (piece := self._pieces.get()) is not None:
+            size, total = size + len(piece), zlib.crc32(piece, total)
+            if size == CHUNK_BYTES:  # no piece reaches into the next one
+                self._sums.append(f"{total:08x}")
+                size = total = 0
+        if size:
+            self._sums.append(f"{total:08x}")
+
     def entry(self) -> dict[str, Any]:
-        self._pool.shutdown()
-        last = [f"{self._sum:08x}"] if self._size % CHUNK_BYTES else []
-        return {"size_bytes": self._size, "crc32": [*self._sums, *last]}
+        return {"size_bytes": self._size, "crc32": self._sums}
 
 
 def begin_sums(
     pool: ThreadPoolExecutor, path: Path, entry: Mapping[str, Any]
 ) -> list[Future[str]]:
-    """Begin to read a file's checksums, for :func:`compare_sums`."""
+    """Begin to read a file's checksums, for :func:`compare_sums`.
+
+    Raises:
+        ValueError: it should have more or fewer.
+    """
     starts = range(0, entry["size_bytes"], CHUNK_BYTES)
+    if len(starts) != len(entry["crc32"]):
+        raise ValueError(f"{len(entry['crc32'])} checksums are not those of its size")
     return [pool.submit(_sum_chunk, path, start) for start in starts]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from datetime import date, datetime, time, timedelta, timezone
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +131,9 @@ def _class_of(name: str, base: type) -> Any:
     module, _, path = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
-        found = getattr(found, part, None)
+        # Not by `getattr`: some modules import others when they are asked.
+        is_there = isinstance(found, ModuleType | type)
+        found = vars(found).get(part) if is_there else None
     if not isinstance(found, type) or not issubclass(found, base):
         raise CheckpointError(
             f"the checkpoint holds a value of {name!r}, which is not there: import the "
@@ -211,6 +214,21 @@ def _from_array(value: Any) -> list[Any]:
     return [value.dtype.str, list(value.shape), torch.from_numpy(data)]
 
 
+def _of_list(make: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`make` for a list only: a range, of a few bytes, would fill the memory."""
+
+    def back(tree: Any) -> Any:
+        if type(tree) is not list:
+            raise TypeError(f"it has a {type(tree).__name__}, not a list")
+        return make(tree)
+
+    return back
+
+
+def _to_deque(tree: list[Any]) -> Any:
+    return deque(_of_list(list)(tree[1]), tree[0])
+
+
 #: By type: its tag, what turns a value into a tree, and what turns that back.
 CODES: dict[Any, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
     # The ints, floats and dicts here are those that JSON cannot hold.
@@ -218,14 +236,14 @@ CODES: dict[Any, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
     float: ("float", struct.Struct("<d").pack, lambda v: struct.unpack("<d", v)[0]),
     complex: ("complex", lambda v: [v.real, v.imag], lambda v: complex(*v)),
     bytes: ("bytes", lambda v: base64.b64encode(v).decode(), base64.b64decode),
-    tuple: ("tuple", list, tuple),
+    tuple: ("tuple", list, _of_list(tuple)),
     dict: ("dict", list, dict),
     OrderedDict: ("OrderedDict", list, OrderedDict),
-    set: ("set", list, set),
-    frozenset: ("frozenset", list, frozenset),
+    set: ("set", list, _of_list(set)),
+    frozenset: ("frozenset", list, _of_list(frozenset)),
     Counter: ("Counter", list, lambda v: Counter(dict(v))),
     defaultdict: ("defaultdict", _from_default, _to_default),
-    deque: ("deque", lambda v: [v.maxlen, list(v)], lambda v: deque(v[1], v[0])),
+    deque: ("deque", lambda v: [v.maxlen, list(v)], _to_deque),
     range: ("range", lambda v: [v.start, v.stop, v.step], lambda v: range(*v)),
     PurePath: (
         "path",
@@ -245,7 +263,7 @@ CODES: dict[Any, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
     NamedTuple: ("namedtuple", lambda v: _from_named(v, tuple), _to_named),
     torch.dtype: ("dtype", str, lambda v: _DTYPES[v]),
     torch.device: ("device", str, torch.device),
-    torch.Size: ("size", list, torch.Size),
+    torch.Size: ("size", list, _of_list(torch.Size)),
     np.ndarray: ("array", _from_array, _to_array),
     np.generic: ("number", _from_array, lambda v: _to_array(v)[()]),
 }

@@ -37,22 +37,22 @@ def checkpoint() -> None:
 @_JSON
 def list_(root: Path, as_json: bool) -> None:
     """List the checkpoints, newest first."""
+    found = _found(root)
     rows = [
         {
-            "path": str(path.relative_to(root)),
+            "path": path.name if path == root else str(path.relative_to(root)),
             "created": f"{record['created']:%Y-%m-%d %H:%M:%S}",
             "epoch": record["progress"].get("global_epoch"),
             "step": record["progress"].get("current_iteration"),
             "size_bytes": sum(f["size_bytes"] for f in record["files"].values()),
             "is_best": bool(record.get("is_best")),
-            "metrics": record.get("metrics", {}),
+            "metrics": {k: float(v) for k, v in record.get("metrics", {}).items()},
         }
-        for path, record in _found(root).items()
+        for path, record in found.items()
     ]
     if as_json:
         _print_json(rows)
-        return
-    if not rows:
+    elif not rows:
         click.echo("no checkpoints")
     _table(
         {
@@ -64,8 +64,13 @@ def list_(root: Path, as_json: bool) -> None:
             "": "best" if row["is_best"] else "",
             "metrics": "  ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items()),
         }
-        for row in rows
+        for row in ([] if as_json else rows)
     )
+    damaged = [path for path in _candidates(root) if path not in found]
+    for path in damaged:
+        click.echo(f"{path} has a record that cannot be read", err=True)
+    if damaged:
+        raise click.exceptions.Exit(1)
 
 
 @checkpoint.command()
@@ -91,8 +96,9 @@ def show(path: Path, tensors: bool, as_json: bool) -> None:
     if as_json:
         _print_json(record)
         return
-    click.echo(f"{path}, created {record['created']}, format {record['format']}")
-    for title in ("progress", "metrics", "identity"):
+    best = ", the best one" if record.get("is_best") else ""
+    click.echo(f"{path}, created {record['created']}, format {record['format']}{best}")
+    for title in ("progress", "metrics", "identity", "imported"):
         click.echo(title)
         for name, value in record.get(title, {}).items():
             click.echo(f"  {name}  {value}")
@@ -114,12 +120,10 @@ def show(path: Path, tensors: bool, as_json: bool) -> None:
 @_JSON
 def verify(root: Path, as_json: bool) -> None:
     """Compare all files with their checksums, and name what is damaged."""
-    from helios.checkpoint import CheckpointStore, find_damage
+    from helios.checkpoint import find_damage
     from helios.errors import CheckpointError
 
-    paths = [root] if _is_checkpoint(root) else []
-    for folder in [] if paths else _folders(root):
-        paths += CheckpointStore(folder).candidates()
+    paths = _candidates(root)
     report: dict[str, dict[str, str]] = {}
     with _bar(paths) as advance:
         for path in paths:
@@ -188,13 +192,15 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
 @_ROOT
 @click.option("--keep-last", type=click.IntRange(1), required=True)
 @click.option("--dry-run", is_flag=True, help="Only say what would be deleted.")
-def prune(root: Path, keep_last: int, dry_run: bool) -> None:
+@_JSON
+def prune(root: Path, keep_last: int, dry_run: bool, as_json: bool) -> None:
     """Delete what is older than the newest whole checkpoints of each folder.
 
     Damaged ones don't count, and stay if they are newer.
     """
     from helios.checkpoint import CheckpointStore, find_damage
 
+    doomed = list[Path]()
     for folder in _folders(root):
         store, whole = CheckpointStore(folder), 0
         for path in store.list():
@@ -202,9 +208,13 @@ def prune(root: Path, keep_last: int, dry_run: bool) -> None:
                 with _bar([path]) as advance:
                     whole += not find_damage(path, advance=advance)
                 continue
-            click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
+            doomed.append(path)
             if not dry_run:
                 store.remove(path)
+            if not as_json:
+                click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
+    if as_json:
+        click.echo(json.dumps([str(path) for path in doomed]))
 
 
 @checkpoint.command()
@@ -324,13 +334,26 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / "helios.json").exists() or any(path.glob("*.safetensors"))
 
 
-def _found(root: Path) -> dict[Path, dict[str, Any]]:
-    """The checkpoints in a folder and its folders, newest first, and their records."""
+def _candidates(root: Path) -> list[Path]:
+    """The checkpoints in a folder and its folders, or the one that it is."""
     from helios.checkpoint import CheckpointStore
 
+    if _is_checkpoint(root):
+        return [root]
+    return [
+        p for folder in _folders(root) for p in CheckpointStore(folder).candidates()
+    ]
+
+
+def _found(root: Path) -> dict[Path, dict[str, Any]]:
+    """Those whose record can be read, newest first, and their records."""
+    from helios.checkpoint.reading import read_record
+    from helios.errors import CheckpointError
+
     found = dict[Path, dict[str, Any]]()
-    for folder in _folders(root):
-        found |= CheckpointStore(folder).records()
+    for path in _candidates(root):
+        with contextlib.suppress(CheckpointError):
+            found[path] = read_record(path)
     newest_first = sorted(found.items(), key=lambda f: f[1]["created"], reverse=True)
     return dict(newest_first)
 

@@ -48,6 +48,21 @@ def test_list_shows_the_newest_first(root):
     assert all(row["size_bytes"] > 0 for row in rows)
 
 
+def test_list_of_one_checkpoint_shows_it(root):
+    (row,) = json.loads(run("list", at(root, 2), "--json").output)
+    assert (row["path"], row["step"]) == ("ids_epoch_0_iter_2", 2)
+
+
+def test_list_names_those_whose_record_is_damaged(root):
+    record = at(root, 2) / "helios.json"
+    record.write_bytes(record.read_bytes()[:-9])
+    result = run("list", root)
+    assert result.exit_code == 1
+    assert f"{at(root, 2)} has a record that cannot be read" in result.output
+    names = [line.split()[0] for line in result.stdout.splitlines()[1:]]
+    assert names == [f"ids/ids_epoch_0_iter_{step}" for step in (3, 1)]
+
+
 def test_list_of_a_folder_without_any_says_so(tmp_path):
     result = run("list", tmp_path)
     assert (result.exit_code, result.output) == (0, "no checkpoints\n")
@@ -149,6 +164,11 @@ def test_classes_of_the_program_are_not_needed(tmp_path, monkeypatch):
     assert run("diff", first, first).exit_code == 0
     (row, _) = json.loads(run("list", tmp_path, "--json").output)
     assert row["metrics"]["bad"] is None
+    assert "bad nan" in run("list", tmp_path).output
+    # Strict readers of JSON know no NaN.
+    text = (at(tmp_path, 1) / "helios.json").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(name))["record"]
+    assert record["metrics"]["bad"] == "nan"
     (tmp_path / "latest").symlink_to(tmp_path / "ids")
     assert len(json.loads(run("list", tmp_path, "--json").output)) == 2
     assert len(json.loads(run("verify", tmp_path, "--json").output)) == 2

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from helios.checkpoint import find_last_checkpoint, read_checkpoint
 from helios.cli import main
 from helios.differences import differences
 
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "format_2"
 # In another epoch Accelerate's loader would draw from the generators too.
 BATCHES, EPOCHS = 6, 2
 OPTIONS = {"total_steps": EPOCHS, "chkpt_frequency": 1, "random_seed": 3}
@@ -182,9 +184,11 @@ def test_wrong_names_and_wrong_sources_are_refused(tmp_path, accelerator):
         (tmp_path / "saved", ("--save-name", "a/b"), "must be a plain file name"),
         (tmp_path, (), "has no model.safetensors"),
         (__file__, (), "cannot be read without running code"),
+        (FIXTURE, (), "is a checkpoint of Helios already"),
     ):
         found = run("import", source, *common, *options)
         assert found.exit_code == 2
+        assert "weights_only=False" not in found.output  # torch's advice
         assert re.search(message, found.output)
     assert not (tmp_path / "root").exists()
 

@@ -140,8 +140,19 @@ class Drawing(Base):
         super().train_step([batch[0], batch[1] + noise.float(), batch[2]], state)
 
 
+class LaidOut(Base):
+    """Has weights in another order, and an optimizer that walks through memory."""
+
+    def setup(self, for_inference=False):
+        layers = [nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 7, 3, padding=1), nn.ReLU()]
+        layers += [nn.Conv2d(7, 5, 2), nn.Flatten(), nn.Dropout(0.2), nn.Linear(5, 1)]
+        self.net = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.05, fused=True)
+
+
 KINDS = [
     (Drawing, {}),
+    (LaidOut, {}),
     (Unfreezing, {}),
     (Unfreezing, {"accumulation_steps": 2}),
     (Adversarial, {"accumulation_steps": 2}),
@@ -206,13 +217,29 @@ def test_error_of_a_checkpoint_hook_is_raised_as_it_is(tmp_path, capsys):
     assert "COULD NOT BE WRITTEN" not in capsys.readouterr().err
 
 
+class Extra(nn.Linear):
+    """Keeps the tensor that it gets."""
+
+    extra = torch.ones(3)
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
 def test_nothing_of_a_resumed_run_lies_in_the_files_of_its_checkpoint(tmp_path):
     class Keeping(IdModel):
         best = None
 
+        def setup(self, for_inference=False):
+            self.net = Extra(1, 1)
+            self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.01)
+
         def user_state_dict(self):
             # Tensors of the networks: they have their place among the weights.
-            return {"best": dict(self.net.state_dict())}
+            return {"best": dict(self.net.named_parameters())}
 
         def load_user_state_dict(self, state, for_inference):
             self.best = state["best"]
@@ -230,6 +257,7 @@ def test_nothing_of_a_resumed_run_lies_in_the_files_of_its_checkpoint(tmp_path):
     looking = Looking()
     train(model, IndexData(), tmp_path, looking, **options)
     assert model.best["weight"].shape == (1, 1)
+    assert model.net.extra.equal(torch.ones(3))
     assert looking.mapped == []
 
 

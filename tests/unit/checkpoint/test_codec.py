@@ -85,7 +85,7 @@ register_type(Celsius, lambda c: [c.degrees], lambda t: Celsius(*t), name="celsi
 
 
 def decoded(plain: Any, files: Mapping[str, Mapping[str, torch.Tensor]]) -> Any:
-    return decode(plain, lambda path, file, name: files[file][name])
+    return decode(plain, lambda path, file, name, *where: files[file][name])
 
 
 def through_json(tree: Any) -> Any:
@@ -417,6 +417,23 @@ def test_class_that_is_not_imported_is_named_and_not_imported() -> None:
             with pytest.raises(CheckpointError, match="which is not there"):
                 decoded(node, {})
     assert "this_module" not in sys.modules
+
+
+def test_module_that_a_name_would_have_imported_is_not_imported() -> None:
+    # Some modules import others when they are asked for an attribute.
+    before = {*sys.modules}
+    for name in ("torch:_inductor.Config", "torch:onnx.Nothing", "numpy:f2py.Nothing"):
+        with pytest.raises(CheckpointError, match="which is not there"):
+            decoded({"$": "enum", "v": [name, "ONE"]}, {})
+    assert {*sys.modules} == before
+
+
+@pytest.mark.parametrize("tag", ["tuple", "set", "frozenset", "size", "deque"])
+def test_range_does_not_become_all_its_numbers(tag: str) -> None:
+    bomb = {"$": "range", "v": [0, 10**12, 1]}
+    payload = [None, bomb] if tag == "deque" else bomb
+    with pytest.raises(CheckpointCorruptError, match="a range, not a list"):
+        decoded({"$": tag, "v": payload}, {})
 
 
 def test_fields_that_have_changed_are_an_error_and_not_mistaken() -> None:

@@ -57,6 +57,12 @@ def training() -> dict[str, Any]:
     }
 
 
+def laid_out() -> dict[str, Any]:
+    """What has its layout since format 2."""
+    image = torch.arange(24.0).reshape(1, 2, 3, 4)
+    return {"last": image.to(memory_format=torch.channels_last)}
+
+
 @pytest.mark.parametrize("number", range(1, FORMAT + 1))
 def test_fixture_of_each_format_is_read(number: int) -> None:
     folder = FIXTURES / f"format_{number}"
@@ -69,7 +75,10 @@ def test_fixture_of_each_format_is_read(number: int) -> None:
     assert list(differences(training(), found, "training")) == []
     assert found["tied"][0] is found["tied"][1]
     if number >= 2:
-        assert checkpoint.tree("marked").equal(found["tied"][0])
+        newer = checkpoint.tree("newer", own=True)
+        assert newer.pop("marked").equal(found["tied"][0])
+        assert list(differences(laid_out(), newer, "newer")) == []
+        assert newer["last"].stride() == laid_out()["last"].stride()
 
 
 def write(root: pathlib.Path) -> None:
@@ -78,9 +87,10 @@ def write(root: pathlib.Path) -> None:
         "model": encoder.encode(model(), file="model"),
         "training": encoder.encode(training(), file="training"),
     }
+    trees["newer"] = newer = encoder.encode(laid_out(), file="training")
     # As if it had been on a GPU, which not every machine has.
     file, name = trees["training"]["tied"][0]["v"]
-    trees["marked"] = {"$": "tensor", "v": [file, name, "cuda"]}
+    newer["marked"] = {"$": "tensor", "v": [file, name, "cuda"]}
     folder, files = store.begin(f"format_{FORMAT}"), dict[str, Any]()
     for group, tensors in encoder.files.items():
         files |= store.write_group(folder, group, tensors, encoder.aliases[group])

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,7 @@ from helios.checkpoint import (
     find_damage,
     find_last_checkpoint,
     read_checkpoint,
+    register_type,
 )
 from helios.checkpoint import store as store_module
 from helios.checkpoint import tensors as tensors_module
@@ -208,22 +210,55 @@ def test_own_tensors_that_were_one_stay_one(tmp_path: Path) -> None:
     assert tree["a"] is not checkpoint.tree("x")["a"]
 
 
+class Halved:
+    """What is computed with when it is loaded."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+@pytest.mark.parametrize("size", [4, 300])
+def test_own_tensors_are_laid_out_as_they_were(tmp_path: Path, size: int) -> None:
+    image = torch.rand(2, 3, size, size)
+    last = image.to(memory_format=torch.channels_last)
+    tree = {"last": last, "again": last, "t": image[0, 0].T, "cut": image[:, :, ::2]}
+    checkpoint = read_checkpoint(save(CheckpointStore(tmp_path), "a", 1, x=tree))
+    own = checkpoint.tree("x", own=True)
+    assert own["last"] is own["again"]
+    assert [own[name].stride() for name in tree] == [
+        *(last.stride(), last.stride(), image[0, 0].T.stride()),
+        torch.empty(2, 3, size // 2, size).stride(),
+    ]
+    for tree_of in (own, checkpoint.tree("x")):
+        assert list(differences(tree, tree_of, "x")) == []
+
+
 def test_own_tensors_large_and_small_are_copied_as_they_are(tmp_path: Path) -> None:
     tree = {n: torch.arange(float(n)) for n in (1, 1 << 18, 1 << 20)}
-    tree |= {"number": np.float32(0.1), "t": torch.ones(2, 1 << 18).T}
+    tree |= {"number": np.float32(0.1), "text": np.str_("a" * (1 << 19))}
+    tree["halved"] = Halved(torch.arange(float(1 << 21)))
+    register_type(Halved, lambda v: v.value * 2, lambda v: Halved(v / 2))
     checkpoint = read_checkpoint(save(CheckpointStore(tmp_path), "a", 1, x=tree))
     with torch.inference_mode():
         own = checkpoint.tree("x", own=True)
+    # A function of the user's looks at what it gets.
+    own["halved"], tree["halved"] = own["halved"].value, tree["halved"].value
     assert list(differences(tree, own, "x")) == []
-    assert not any(v.is_inference() for v in own.values() if v is not own["number"])
+    tensors = [value for value in own.values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 4
+    assert not any(tensor.is_inference() for tensor in tensors)
     mapped = {t.data_ptr() for t in checkpoint.tensors["x"].values()}
     assert not mapped & {own[n].data_ptr() for n in (1, 1 << 18, 1 << 20)}
+
+
+def below(*place: str) -> Callable[[tuple[str | int, ...]], bool]:
+    return lambda path: path[: len(place)] == place
 
 
 def test_tensors_that_are_copied_anyway_stay_in_the_file(tmp_path: Path) -> None:
     tree = {"model": {"net": {"w": torch.ones(3)}, "user": torch.ones(4)}}
     checkpoint = read_checkpoint(save(CheckpointStore(tmp_path), "a", 1, x=tree))
-    got = checkpoint.tree("x", own=True, copied=("model", "net"))["model"]
+    got = checkpoint.tree("x", own=True, copied=below("model", "net"))["model"]
     mapped = {t.data_ptr() for t in checkpoint.tensors["x"].values()}
     assert got["net"]["w"].data_ptr() in mapped
     assert got["user"].data_ptr() not in mapped
@@ -231,19 +266,20 @@ def test_tensors_that_are_copied_anyway_stay_in_the_file(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("own", [True, False])
 def test_what_was_on_a_device_goes_to_the_one_there_is(own: bool) -> None:
-    one = {"$": "tensor", "v": ["x", "one", "cuda"]}
-    tree = {"a": one, "b": [one], "c": {"$": "tensor", "v": ["x", "two"]}, "net": one}
+    names = {"a": "one", "b": "one", "net": "one", "c": "two"}
+    tree = {key: {"$": "tensor", "v": ["x", n, "cuda"]} for key, n in names.items()}
+    tree["c"]["v"] = ["x", "two"]
     tensors = {"x": {"one": torch.ones(3), "two": torch.ones(2)}}
     checkpoint = Checkpoint(Path(), {"trees": {"x": tree}}, tensors)
     there = torch.device("meta")
-    got = checkpoint.tree("x", own=own, device=there, copied=("net",))
+    got = checkpoint.tree("x", own=own, device=there, copied=below("net"))
     assert got["a"].device == there
-    assert got["a"] is got["b"][0]
+    assert got["a"] is got["b"]
     assert got["c"].device.type == got["net"].device.type == "cpu"
     for device in (None, torch.device("cpu")):
         got = checkpoint.tree("x", own=own, device=device)
         assert got["a"].equal(torch.ones(3))
-        assert got["a"] is got["b"][0]
+        assert got["a"] is got["b"]
 
 
 def test_a_group_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -903,6 +939,30 @@ def test_a_pickle_in_any_place_is_not_read(
     else:
         assert_noticed(crafted(tmp_path, {file: content.getvalue()}), file)
     assert not (tmp_path / "made").exists()
+
+
+def test_a_record_that_is_too_large_is_not_read(tmp_path: Path) -> None:
+    path = write(CheckpointStore(tmp_path), "a", 1)
+    with open(path / "helios.json", "r+b") as out:  # it takes no room on the disk
+        out.truncate((1 << 26) + 101)
+    assert_noticed(path, "helios.json", "too large")
+
+
+def test_the_first_damage_is_enough(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.mkdir()
+    with open(path / "x.safetensors", "wb") as out:  # 32 GiB, which take no room
+        out.truncate(1 << 35)
+    for count, why in ((512, "altered, between"), (0, "0 checksums are not")):
+        entry = {"group": "x", "size_bytes": 1 << 35, "crc32": ["0" * 8] * count}
+        record = {"progress": {}, "trees": {}, "files": {"x.safetensors": entry}}
+        record |= {"format": FORMAT, "created": datetime.now(UTC)}
+        (path / "helios.json").unlink(missing_ok=True)
+        store_module._write_record(path / "helios.json", record)
+        began = time.monotonic()
+        with pytest.raises(CheckpointCorruptError, match=why):
+            read_checkpoint(path)
+        assert time.monotonic() - began < 5
 
 
 def test_a_record_nested_without_end_is_corrupt(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helios.checkpoint import BackgroundWriter
+from helios.checkpoint import BackgroundWriter, find_damage
 from helios.errors import CheckpointError
 
 
@@ -93,12 +93,16 @@ def test_there_is_a_thread_only_while_a_job_runs() -> None:
 
 
 EXIT = """
-import sys, time
-from helios.checkpoint import BackgroundWriter
+import sys, time, torch
+from helios.checkpoint import BackgroundWriter, CheckpointStore
 
 def job():
-    time.sleep(0.5)
-    open(sys.argv[1], "w").write("whole")
+    time.sleep(0.5)  # the main thread has ended
+    store = CheckpointStore(sys.argv[1])
+    part = store.begin("last")
+    files = store.write_group(part, "model", {"w": torch.ones(1 << 20)})
+    record = {"progress": {}, "trees": {}, "files": files}
+    store.commit(part, "last", record)
 
 BackgroundWriter().submit(job)
 if sys.argv[2] == "raise":
@@ -111,13 +115,13 @@ def test_the_interpreter_does_not_end_in_the_middle_of_a_job(
     tmp_path: Path, how: str
 ) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", EXIT, str(tmp_path / "file"), how],
-        cwd=Path(__file__).parents[3],
+        [sys.executable, "-c", EXIT, str(tmp_path), how],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         timeout=60,
     )
     assert done.returncode == (how == "raise"), done.stderr
-    assert (tmp_path / "file").read_text() == "whole"
+    assert find_damage(tmp_path / "last") == {}
 
 
 @pytest.mark.gpu
