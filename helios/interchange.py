@@ -117,9 +117,8 @@ def from_accelerate(
                 )
             model[kind] = dict(zip(names[kind], states, strict=True))
     if not model["networks"]:
-        raise CheckpointNotFoundError(
-            f"{folder} has no model.safetensors: it is none of `Accelerator.save_state`"
-        )
+        why = "it is none of `save_state`, or one with `safe_serialization=False`"
+        raise CheckpointNotFoundError(f"{folder} has no model.safetensors: {why}")
     scaler = folder / "scaler.pt"
     found = Found("Accelerate", model, TrainingState())
     if scaler.exists():

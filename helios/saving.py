@@ -106,7 +106,7 @@ class Saver:
         self._background = BackgroundWriter()
         self._hook_error: BaseException | None = None
         self._saved_at: tuple[int, int] | None = None
-        self._is_requested = self._is_prepared = False
+        self._is_requested = self._is_prepared = self._has_warned = False
         self._saved_s = self._looked_s = clock()
 
     def request(self) -> None:
@@ -228,6 +228,7 @@ class Saver:
         marks = dict.fromkeys(found, False)
         if best is not None:
             marks |= dict.fromkeys(best.best(found)[:1], True)
+            self._check_metric(best.metric, record["metrics"])
             record["is_best"] = marks[self.store.root / name]
         known = {**others, folder: replaced} if replaced else others
         path = self.store.commit(folder, name, record, known)
@@ -247,6 +248,16 @@ class Saver:
                 hook(self._session, path)
         except BaseException as error:  # the user's, not the disk's
             self._hook_error = error
+
+    def _check_metric(self, name: str, metrics: Mapping[str, Any]) -> None:
+        if name in metrics or self._has_warned:
+            return
+        self._has_warned = True
+        self._session.logger.warning(
+            "`keep_best` goes by %r, which was not logged at this step, but %s: a "
+            "checkpoint without it is never the best",
+            *(name, sorted(metrics) or "nothing"),
+        )
 
     def _prune(self, found: Mapping[Path, Mapping[str, Any]]) -> None:
         """Delete those that need not stay, of these; the newest come first."""

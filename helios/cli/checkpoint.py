@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+from helios.cli.output import bar, errors, print_json, size, table
 
 # Helios's own modules are imported in the commands: `helios --help` must not wait for
 # torch.
@@ -51,16 +51,16 @@ def list_(root: Path, as_json: bool) -> None:
         for path, record in found.items()
     ]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     elif not rows:
         click.echo("no checkpoints")
-    _table(
+    table(
         {
             "checkpoint": row["path"],
             "created (UTC)": row["created"],
             "epoch": row["epoch"],
             "step": row["step"],
-            "size": _size(row["size_bytes"]),
+            "size": size(row["size_bytes"]),
             "": "best" if row["is_best"] else "",
             "metrics": "  ".join(f"{k} {v:.4g}" for k, v in row["metrics"].items()),
         }
@@ -81,7 +81,7 @@ def show(path: Path, tensors: bool, as_json: bool) -> None:
     """Say what a checkpoint holds, without reading its tensors."""
     from helios.checkpoint import read_checkpoint
 
-    with _errors():
+    with errors():
         found = read_checkpoint(path, verify=False)
     record = dict(found.record)
     del record["trees"]
@@ -94,7 +94,7 @@ def show(path: Path, tensors: bool, as_json: bool) -> None:
     }
     record["created"] = record["created"].isoformat()
     if as_json:
-        _print_json(record)
+        print_json(record)
         return
     best = ", the best one" if record.get("is_best") else ""
     click.echo(f"{path}, created {record['created']}, format {record['format']}{best}")
@@ -103,8 +103,8 @@ def show(path: Path, tensors: bool, as_json: bool) -> None:
         for name, value in record.get(title, {}).items():
             click.echo(f"  {name}  {value}")
     click.echo("files")
-    _table(
-        {"": " ", "file": name, "size": _size(entry["size_bytes"])}
+    table(
+        {"": " ", "file": name, "size": size(entry["size_bytes"])}
         for name, entry in record["files"].items()
     )
     click.echo("tensors")
@@ -125,7 +125,7 @@ def verify(root: Path, as_json: bool) -> None:
 
     paths = _candidates(root)
     report: dict[str, dict[str, str]] = {}
-    with _bar(paths) as advance:
+    with bar(paths) as advance:
         for path in paths:
             try:
                 report[str(path)] = find_damage(path, advance=advance)
@@ -152,11 +152,12 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
     """Name the first values and tensors that differ, bit by bit."""
     from itertools import islice
 
+    from helios.callbacks.progress import clock
     from helios.checkpoint import read_checkpoint
     from helios.differences import differences
 
-    with _errors():
-        with _bar([first, second]) as advance:
+    with errors():
+        with bar([first, second]) as advance:
             one, two = (read_checkpoint(p, advance=advance) for p in (first, second))
         found = []
         groups = {**one.record["trees"], **two.record["trees"]}
@@ -167,7 +168,8 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
                 found.append((group, f"not in {missing[0]}", ""))
                 continue
             left, right = (c.tree(group, has_classes=False) for c in (one, two))
-            found += islice(differences(left, right, group), most + 1)
+            with clock("comparing"):
+                found += islice(differences(left, right, group), most + 1)
         for name in ("progress", "metrics"):
             pair = [dict(c.record.get(name, {})) for c in (one, two)]
             for values in pair:
@@ -196,23 +198,24 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
 def prune(root: Path, keep_last: int, dry_run: bool, as_json: bool) -> None:
     """Delete what is older than the newest whole checkpoints of each folder.
 
-    Damaged ones don't count, and stay if they are newer.
+    Damaged ones don't count, and stay if they are newer. The best one stays.
     """
     from helios.checkpoint import CheckpointStore, find_damage
 
     doomed = list[Path]()
     for folder in _folders(root):
         store, whole = CheckpointStore(folder), 0
-        for path in store.list():
+        for path, record in store.records().items():
             if whole < keep_last:
-                with _bar([path]) as advance:
+                with bar([path]) as advance:
                     whole += not find_damage(path, advance=advance)
-                continue
-            doomed.append(path)
-            if not dry_run:
-                store.remove(path)
-            if not as_json:
-                click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
+            elif not record.get("is_best"):
+                doomed.append(path)
+                with errors():
+                    if not dry_run:
+                        store.remove(path)
+                if not as_json:
+                    click.echo(f"{'would delete' if dry_run else 'deleted'} {path}")
     if as_json:
         click.echo(json.dumps([str(path) for path in doomed]))
 
@@ -235,6 +238,7 @@ def export(path: Path, out: Path, accelerate: bool, shard_bytes: int | None) -> 
     import shutil
 
     from helios import interchange
+    from helios.callbacks.progress import clock
     from helios.checkpoint import read_checkpoint
 
     if out.exists():
@@ -243,15 +247,16 @@ def export(path: Path, out: Path, accelerate: bool, shard_bytes: int | None) -> 
         raise click.UsageError("`--accelerate` and `--shard-bytes` exclude each other")
     partial = out.with_name(f".{out.name}.partial")
     try:
-        with _errors():
-            with _bar([path]) as advance:
+        with errors():
+            with bar([path]) as advance:
                 found = read_checkpoint(path, advance=advance)
-            if accelerate:
-                partial.mkdir()
-                left_out = interchange.to_accelerate(found, partial)
-            else:
-                tensors, left_out = interchange.weights(found)
-                interchange.save_weights(tensors, partial, shard_bytes)
+            with clock("writing"):
+                if accelerate:
+                    partial.mkdir()
+                    left_out = interchange.to_accelerate(found, partial)
+                else:
+                    tensors, left_out = interchange.weights(found)
+                    interchange.save_weights(tensors, partial, shard_bytes)
         partial.rename(out)
     finally:
         if partial.is_dir():
@@ -290,12 +295,13 @@ def import_(
     ROOT is the run's chkpt_root. What the files cannot tell is listed.
     """
     from helios import interchange
+    from helios.callbacks.progress import clock
 
     given = {"global_epoch": epoch, "current_iteration": step, "dataset_iter": batch}
     progress = {name: value for name, value in given.items() if value is not None}
     attributes = {kind: text.split(",") for kind, text in names.items() if text}
     read = interchange.from_accelerate if source.is_dir() else interchange.from_pth
-    with _errors():
+    with errors(), clock("importing"):
         found = read(source, progress, attributes)
         path = found.write(root, save_name)
     if as_json:
@@ -304,30 +310,6 @@ def import_(
     click.echo(f"written to {path}")
     for line in found.unknown:
         click.echo(f"not known: {line}")
-
-
-class _errors:  # noqa: N801  # used as a function is
-    """Turns what is wrong with a checkpoint, or a path, into exit status 2."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        from helios.errors import CheckpointError
-
-        if isinstance(error, CheckpointError | OSError | ValueError):
-            raise click.UsageError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _bar(paths: Sequence[Path]) -> Iterator[Any]:
-    """Show how far the reading of checkpoints is, where it takes over a second."""
-    from tqdm import tqdm
-
-    total = sum(f.stat().st_size for path in paths for f in path.glob("*.safetensors"))
-    options: Any = {"total": total, "unit": "B", "unit_scale": True}
-    with tqdm(desc="reading", leave=False, disable=None, delay=1, **options) as bar:
-        yield bar.update
 
 
 def _is_checkpoint(path: Path) -> bool:
@@ -361,37 +343,3 @@ def _found(root: Path) -> dict[Path, dict[str, Any]]:
 def _folders(root: Path) -> list[Path]:
     """A folder and its folders; a link is another name of one, such as "latest"."""
     return [root, *(p for p in sorted(root.glob("[!.]*/")) if not p.is_symlink())]
-
-
-def _print_json(value: Any) -> None:
-    """Print it as JSON, which has no NaN and no infinity: null is in their place."""
-    click.echo(json.dumps(_finite(value)))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(member) for key, member in value.items()}
-    if isinstance(value, list):
-        return [_finite(member) for member in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def _table(rows: Any) -> None:
-    lines = [{k: str(v) for k, v in row.items()} for row in rows]
-    for column in list(lines[0]) if lines else []:
-        wide = max(len(column), *(len(line[column]) for line in lines))
-        for line in lines:
-            line[column] = line[column].ljust(wide)
-    if lines:
-        heads = (name.ljust(len(text)) for name, text in lines[0].items())
-        click.echo("  ".join(heads).rstrip())
-    for line in lines:
-        click.echo("  ".join(line.values()).rstrip())

@@ -108,9 +108,20 @@ def _set(value: Any, state: Any) -> None:
     elif isinstance(value, rng.GENERATORS):
         rng.set_generator_state(value, state)
     else:
-        value.load_state_dict(state)
+        is_network = isinstance(value, nn.Module)
+        value.load_state_dict(_with_tied(value, state) if is_network else state)
     if isinstance(value, torch.optim.Optimizer):
         _keep_dtypes(inner_optimizer(value), state["state"])
+
+
+def _with_tied(network: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give a tied tensor all its names: what Accelerate saves has one of them."""
+    live = network.state_dict(keep_vars=True)
+    if not (missing := live.keys() - state.keys()):
+        return state
+    known = {id(live[name]): name for name in live.keys() & state.keys()}
+    twins = {name: known[id(live[name])] for name in missing if id(live[name]) in known}
+    return {**state, **{name: state[twin] for name, twin in twins.items()}}
 
 
 def _keep_dtypes(optimizer: Any, saved: Mapping[int, Any]) -> None:

@@ -1,8 +1,15 @@
 """`helios checkpoint`, on checkpoints of real runs."""
 
 import enum
+import errno
+import fcntl
 import json
+import os
+import pty
+import struct
+import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -172,6 +179,52 @@ def test_classes_of_the_program_are_not_needed(tmp_path, monkeypatch):
     (tmp_path / "latest").symlink_to(tmp_path / "ids")
     assert len(json.loads(run("list", tmp_path, "--json").output)) == 2
     assert len(json.loads(run("verify", tmp_path, "--json").output)) == 2
+
+
+def test_prune_spares_the_best_one_and_tells_other_programs(root):
+    store = CheckpointStore(root / "ids")
+    store.amend(at(root, 1), is_best=True)
+    assert "the best one" in run("show", at(root, 1)).output
+    doomed = [str(at(root, 2))]
+    would = run("prune", root, "--keep-last", 1, "--dry-run", "--json")
+    assert json.loads(would.output) == doomed
+    assert at(root, 2).exists()
+    assert json.loads(run("prune", root, "--keep-last", 1, "--json").output) == doomed
+    assert [path.name[-1] for path in store.list()] == ["3", "1"]
+
+
+def test_prune_that_cannot_delete_says_so(root, monkeypatch):
+    def resist(self, path):
+        raise OSError(errno.EBUSY, "Device or resource busy", str(path))
+
+    monkeypatch.setattr(CheckpointStore, "remove", resist)
+    result = run("prune", root, "--keep-last", 1)
+    assert result.exit_code == 2
+    assert "resource busy" in result.output
+
+
+SLOW = """
+import time
+from helios.callbacks.progress import clock
+with clock("writing"):
+    time.sleep(2)
+"""
+
+
+def test_clock_runs_on_a_terminal_after_a_second():
+    leader, follower = pty.openpty()
+    size = struct.pack("4H", 24, 80, 0, 0)
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, size)
+    done = subprocess.Popen([sys.executable, "-c", SLOW], stderr=follower)
+    assert done.wait(timeout=60) == 0
+    os.close(follower)
+    shown = os.read(leader, 1 << 16).decode()
+    os.close(leader)
+    assert "writing 00:01" in shown
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW], stderr=subprocess.PIPE, timeout=60, check=True
+    )
+    assert done.stderr == b""
 
 
 @pytest.mark.parametrize("command", ["list", "show", "verify"])

@@ -176,6 +176,36 @@ def test_objects_go_by_their_names_or_in_their_order(tmp_path, accelerator, is_n
             assert model.body.state_dict()[name].equal(value)
 
 
+class TiedModel(helios.Model):
+    """Two layers of the same weight, of which Accelerate saves one name."""
+
+    def setup(self, for_inference=False):
+        self.net = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+        self.net[1].weight = self.net[0].weight
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.02)
+
+    def train_step(self, batch, state):
+        inputs, targets = batch
+        loss = (self.net(inputs).sum(dim=1, keepdim=True) - targets).square().mean()
+        self.backward(loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_tied_weights_come_over_from_accelerate(tmp_path, accelerator):
+    theirs = TiedModel("tied")
+    theirs.setup()
+    accelerator.prepare(theirs.net, theirs.optimizer)
+    accelerator.save_state(tmp_path / "saved")
+    assert "1.weight" not in load_file(tmp_path / "saved" / "model.safetensors")
+    root, ours = tmp_path / "root", TiedModel("tied")
+    common = (root, "--save-name", "tied", "--epoch", EPOCHS)
+    assert run("import", tmp_path / "saved", *common).exit_code == 0
+    train(ours, Data(), root, resume="must", **OPTIONS)
+    assert ours.net[1].weight is ours.net[0].weight
+    assert digest(dict(ours.net.state_dict())) == digest(dict(theirs.net.state_dict()))
+
+
 def test_wrong_names_and_wrong_sources_are_refused(tmp_path, accelerator):
     with_accelerate(accelerator, save_to=tmp_path / "saved")
     common = (tmp_path / "root", "--save-name", "ported")

@@ -226,6 +226,15 @@ def test_older_ones_that_resist_do_not_make_the_new_one_a_failure(
     assert len(recorder.saved) == 3
 
 
+def test_metric_that_is_not_logged_is_named_once(tmp_path, capsys):
+    scored(tmp_path, [0.1, 0.5, 0.9], helios.KeepBest("acuracy"), total_steps=3)
+    said = capsys.readouterr().err
+    assert said.count("goes by 'acuracy', which was not logged at this step, but") == 1
+    assert "at this step, but ['accuracy']: " in said
+    scored(tmp_path, [0.1, 0.5, 0.9], helios.KeepBest("accuracy"), total_steps=3)
+    assert "keep_best" not in capsys.readouterr().err
+
+
 def test_value_of_another_step_does_not_count(tmp_path):
     scores = [0.9, 0.1]
     scored(tmp_path, scores, helios.KeepBest("accuracy"), valid_frequency=4)
