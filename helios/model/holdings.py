@@ -108,20 +108,19 @@ def _set(value: Any, state: Any) -> None:
     elif isinstance(value, rng.GENERATORS):
         rng.set_generator_state(value, state)
     else:
-        is_network = isinstance(value, nn.Module)
-        value.load_state_dict(_with_tied(value, state) if is_network else state)
+        if isinstance(value, nn.Module) and type(state) is dict:  # from elsewhere
+            state = _with_tied(value, state)
+        value.load_state_dict(state)
     if isinstance(value, torch.optim.Optimizer):
         _keep_dtypes(inner_optimizer(value), state["state"])
 
 
 def _with_tied(network: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:
     """Give a tied tensor all its names: what Accelerate saves has one of them."""
-    live = network.state_dict(keep_vars=True)
-    if not (missing := live.keys() - state.keys()):
-        return state
+    live = dict(network.named_parameters(remove_duplicate=False))
     known = {id(live[name]): name for name in live.keys() & state.keys()}
-    twins = {name: known[id(live[name])] for name in missing if id(live[name]) in known}
-    return {**state, **{name: state[twin] for name, twin in twins.items()}}
+    twins = {n: known.get(id(live[n])) for n in live.keys() - state.keys()}
+    return {**state, **{n: state[twin] for n, twin in twins.items() if twin}}
 
 
 def _keep_dtypes(optimizer: Any, saved: Mapping[int, Any]) -> None:
