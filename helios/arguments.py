@@ -12,6 +12,7 @@ import torch
 from helios.callbacks.base import Callback
 from helios.engine import Accelerator
 from helios.errors import CheckpointError
+from helios.launching import CHOSEN
 from helios.state import check_name
 
 if TYPE_CHECKING:
@@ -80,10 +81,10 @@ def check_arguments(trainer: Trainer) -> None:
         if None not in (have, given[name]) and have != given[name]:
             raise ValueError(f"`{name}` is {given[name]!r}, `accelerator` has {have!r}")
     count, gpus = torch.cuda.device_count(), trainer.gpus
-    if gpus is not None and not (gpus and set(gpus) <= set(range(count))):
-        raise ValueError(f"`gpus` is {gpus}; this machine shows {count}, from 0 on")
-    if len(gpus or ()) > 1 and "WORLD_SIZE" not in os.environ:
-        raise ValueError(f"`gpus` is {gpus} for one process; use `accelerate launch`")
+    is_chosen = gpus is not None and os.environ.get(CHOSEN) == ",".join(map(str, gpus))
+    if gpus is not None and not is_chosen:
+        if not (gpus and set(gpus) <= set(range(count))):
+            raise ValueError(f"`gpus` is {gpus}; this machine shows {count}, from 0 on")
 
 
 def check_writable(root: pathlib.Path) -> None:

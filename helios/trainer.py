@@ -21,6 +21,7 @@ from helios.checkpoint.store import MAX_SHARD_BYTES
 from helios.data.datamodule import DataModule, loader_of
 from helios.engine import Engine, torch_flags
 from helios.errors import DataError, LaunchError, ModelError
+from helios.launching import start_ranks_if_asked
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import get_root_logger, text_logging
 from helios.loop import Run, evaluate
@@ -61,7 +62,7 @@ class Trainer:
     enable_deterministic: bool = False  #: which exactness on GPUs needs
     early_stop_cycles: int | None = None  #: validations without an improvement
     use_cpu: bool | None = None  #: None: where there is no accelerator
-    gpus: Sequence[int] | None = None  #: the GPU to use, as a list of its index
+    gpus: Sequence[int] | None = None  #: GPUs to use, by index; a rank for each
     random_seed: int | None = None  #: of everything; None: Helios's default seed
     enable_tensorboard: bool = False  #: below `log_root`
     enable_file_logging: bool = False  #: below `log_root`
@@ -76,7 +77,7 @@ class Trainer:
     print_banner: bool = True  #: log what runs where, at the start
     accelerator: Accelerator | None = None  #: honoured in all that it was built with
     mixed_precision: str | None = None  #: "no", "bf16" or "fp16"
-    num_processes: int | None = None  #: that the launcher must have started
+    num_processes: int | None = None  #: ranks; started, where no launcher did it
     log_with: Any = None  #: trackers of Accelerate
     callbacks: Sequence[Callback] = ()  #: called in this order, after the model's hooks
     resume: PathLike = "auto"  #: or "never", "must", or the path of a checkpoint
@@ -132,6 +133,7 @@ class Trainer:
         """
         if self.total_steps is None:
             raise ValueError("`total_steps` is not set; pass it to the Trainer")
+        self._start_ranks()
         with self._running(model, datamodule, self.train_exceptions) as engine:
             self._fitted = None
             is_finished = self._fit(engine, model, datamodule)
@@ -197,6 +199,7 @@ class Trainer:
     def _evaluate(
         self, model: Model, datamodule: DataModule, phase: BatchPhase
     ) -> bool:
+        self._start_ranks()
         with self._running(model, datamodule, self.test_exceptions) as engine:
             self._set_up_data(engine, datamodule)
             is_test = phase is BatchPhase.TEST
@@ -302,6 +305,12 @@ class Trainer:
                 if session is not None:
                     session.close()
                 open_writer(None)
+
+    def _start_ranks(self) -> None:
+        if self.accelerator is None:  # else it knows its ranks
+            start_ranks_if_asked(
+                use_cpu=self.use_cpu, gpus=self.gpus, num_processes=self.num_processes
+            )
 
     def _make_engine(self) -> Engine:
         root = self.run_path or self.log_root

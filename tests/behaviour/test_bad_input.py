@@ -457,7 +457,7 @@ def test_world_size_without_the_other_ranks_is_refused(monkeypatch):
 
 
 def test_num_processes_that_are_not_there_are_refused():
-    with pytest.raises(LaunchError, match="`num_processes` is 2, and this job has 1"):
+    with pytest.raises(LaunchError, match="`num_processes` is 2: there is no command"):
         fit(IdModel(), IndexData(), num_processes=2)
     assert fit(IdModel(), IndexData(), num_processes=1)
 

@@ -1,0 +1,47 @@
+"""Run by test_launching.py: trains on ranks that it starts, and tells how it went."""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import torch
+from support import RandomData, digest, train
+from torch import nn
+
+import helios
+
+torch.set_num_threads(1)
+
+
+class NetModel(helios.Model):
+    """A network with dropout; one rank of it may fail, or be killed."""
+
+    def setup(self, for_inference=False):
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.optimizer = torch.optim.Adam(self.net.parameters())
+
+    def train_step(self, batch, state):
+        if state.global_iteration == 3 and self.rank == 1:
+            if how == "raise":
+                raise ValueError("on purpose")
+            if how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_iteration >= 3 and how == "wait":
+            (folder / f"waits_{self.rank}").write_text(str(os.getpid()))
+            time.sleep(0.5)  # the signal comes meanwhile
+        self.backward((self.net(batch[1])[:, 0] - batch[2]).square().mean())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+how, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+options = json.loads(sys.argv[3])
+model = NetModel("net")
+is_finished, _ = train(model, RandomData(), folder / "runs", **options)
+rank = os.environ.get("RANK", "0")
+report = {"is_finished": is_finished, "weights": digest(model.net.state_dict())}
+report["world_size"] = os.environ.get("WORLD_SIZE", "1")
+(folder / f"rank_{rank}.json").write_text(json.dumps(report))

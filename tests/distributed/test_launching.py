@@ -1,0 +1,171 @@
+"""A plain command that starts its ranks, and what becomes of them."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+HERE = pathlib.Path(__file__).parent
+SCRIPT = HERE / "launched_script.py"
+OPTIONS = {"total_steps": 3, "chkpt_frequency": 1}
+TIMEOUT_S = 90
+
+
+def start(folder, how="plain", env=(), command=(str(SCRIPT),), **options):
+    folder.mkdir(exist_ok=True)
+    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])
+    clean = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
+    return subprocess.Popen(
+        [sys.executable, *command, how, folder, json.dumps({**OPTIONS, **options})],
+        env={**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **dict(env)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def end(process):
+    try:
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # which its ranks are told
+        output, _ = process.communicate(timeout=TIMEOUT_S)
+        raise AssertionError(f"no end after {TIMEOUT_S} s:\n{output}") from None
+    return process.returncode, output
+
+
+def reports(folder):
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*"))]
+    for path in folder.glob("rank_*"):
+        path.unlink()
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    code, output = end(start(folder, num_processes=2))
+    assert code == 0, output
+    return reports(folder)
+
+
+def test_command_starts_its_ranks(whole):
+    assert [report["world_size"] for report in whole] == ["2", "2"]
+    assert [report["is_finished"] for report in whole] == [True, True]
+    assert whole[0] == whole[1]
+
+
+def test_module_and_a_machine_without_gpus_are_started_likewise(tmp_path, whole):
+    command = ("-m", "distributed.launched_script")
+    options = {"num_processes": 2, "use_cpu": None}
+    env = {"CUDA_VISIBLE_DEVICES": ""}
+    code, output = end(start(tmp_path / "a", command=command, env=env, **options))
+    assert code == 0, output
+    assert reports(tmp_path / "a") == whole
+
+
+def test_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):
+    began = time.monotonic()
+    code, output = end(start(tmp_path, "raise", num_processes=3))
+    assert code == 1, output
+    assert "rank 1 failed" in output
+    assert "ValueError: on purpose" in output
+    assert "rank 1 failed first, with exit status 1" in output
+    assert time.monotonic() - began < 30
+
+
+def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(tmp_path):
+    began = time.monotonic()
+    code, output = end(start(tmp_path / "a", "kill", num_processes=3))
+    assert code == 128 + signal.SIGKILL, output
+    assert "rank 1 failed first, with exit status -9" in output
+    assert time.monotonic() - began < 30
+    code, output = end(start(tmp_path / "a", num_processes=3))
+    assert code == 0, output
+    found = reports(tmp_path / "a")
+    code, output = end(start(tmp_path / "b", num_processes=3))
+    assert code == 0, output
+    assert found == reports(tmp_path / "b")
+
+
+def pids_of_ranks(folder):
+    """Waits until two ranks train; their processes."""
+    found, until = [], time.monotonic() + TIMEOUT_S
+    while len(found) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+        found = [path.read_text() for path in folder.glob("waits_*")]
+        found = [int(text) for text in found if text]
+    assert len(found) == 2
+    return found
+
+
+def test_ranks_do_not_outlive_who_started_them(tmp_path):
+    process = start(tmp_path, "wait", num_processes=2, total_steps=1000)
+    pids = pids_of_ranks(tmp_path)
+    process.kill()
+    until = time.monotonic() + TIMEOUT_S
+    while alive := [pid for pid in pids if is_alive(pid)]:
+        assert time.monotonic() < until, alive
+        time.sleep(0.05)
+    end(process)
+
+
+def is_alive(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    except FileNotFoundError:
+        return False
+    return state.split()[0] != "Z"  # nobody may be there to reap it
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_reaches_the_ranks_which_save_and_go_on_later(tmp_path, whole, number):
+    process = start(tmp_path, "wait", num_processes=2)
+    pids_of_ranks(tmp_path)
+    process.send_signal(number)
+    code, output = end(process)
+    assert code == 128 + number, output
+    assert [report["is_finished"] for report in reports(tmp_path)] == [False, False]
+    code, output = end(start(tmp_path, num_processes=2))
+    assert code == 0, output
+    assert "resumed from net_epoch_" in output
+    assert reports(tmp_path) == whole
+
+
+def test_tasks_of_slurm_are_the_ranks(tmp_path, whole):
+    step = {"SLURM_STEP_NUM_TASKS": 2, "SLURM_JOB_ID": 100_000 + os.getpid() % 20_000}
+    step["SLURM_STEP_NODELIST"] = "localhost"
+    tasks = [{**step, "SLURM_PROCID": rank, "SLURM_LOCALID": rank} for rank in range(2)]
+    processes = [
+        start(tmp_path, env={k: str(v) for k, v in task.items()}) for task in tasks
+    ]
+    for process in processes:
+        code, output = end(process)
+        assert code == 0, output
+    assert reports(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("n[003-007,9],b", "n003"), ("x-1,x-2", "x-1"), ("n[5,7]", "n5")],
+)
+def test_first_node_of_a_list_is_the_main_one(nodes, first):
+    code = "from helios import launching; launching._adopt_slurm(); import os; "
+    code += "print(os.environ['MASTER_ADDR'])"
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_PROCID": "1"}
+    step |= {"SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": nodes}
+    clean = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**clean, **step, "PYTHONPATH": str(HERE.parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.stdout.strip() == first
