@@ -24,11 +24,11 @@ class NetModel(helios.Model):
         self.optimizer = torch.optim.Adam(self.net.parameters())
 
     def train_step(self, batch, state):
-        if state.global_iteration == 3 and self.rank == 1:
+        if state.global_iteration == 3 and self.rank == 1 and how in ("raise", "kill"):
+            (folder / "failed_at_s").write_text(str(time.time()))
             if how == "raise":
                 raise ValueError("on purpose")
-            if how == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
         if state.global_iteration >= 3 and how == "wait":
             (folder / f"waits_{self.rank}").write_text(str(os.getpid()))
             time.sleep(0.5)  # the signal comes meanwhile

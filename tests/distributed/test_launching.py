@@ -46,6 +46,10 @@ def reports(folder):
     return found
 
 
+def seconds_since_failure(folder):
+    return time.time() - float((folder / "failed_at_s").read_text())
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
@@ -70,21 +74,19 @@ def test_module_and_a_machine_without_gpus_are_started_likewise(tmp_path, whole)
 
 
 def test_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):
-    began = time.monotonic()
     code, output = end(start(tmp_path, "raise", num_processes=3))
     assert code == 1, output
     assert "rank 1 failed" in output
     assert "ValueError: on purpose" in output
     assert "rank 1 failed first, with exit status 1" in output
-    assert time.monotonic() - began < 30
+    assert seconds_since_failure(tmp_path) < 15
 
 
 def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(tmp_path):
-    began = time.monotonic()
     code, output = end(start(tmp_path / "a", "kill", num_processes=3))
     assert code == 128 + signal.SIGKILL, output
     assert "rank 1 failed first, with exit status -9" in output
-    assert time.monotonic() - began < 30
+    assert seconds_since_failure(tmp_path / "a") < 15
     code, output = end(start(tmp_path / "a", num_processes=3))
     assert code == 0, output
     found = reports(tmp_path / "a")
