@@ -951,10 +951,10 @@ def test_a_record_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 def test_the_first_damage_is_enough(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.mkdir()
-    with open(path / "x.safetensors", "wb") as out:  # 32 GiB, which take no room
-        out.truncate(1 << 35)
-    for count, why in ((512, "altered, between"), (0, "0 checksums are not")):
-        entry = {"group": "x", "size_bytes": 1 << 35, "crc32": ["0" * 8] * count}
+    with open(path / "x.safetensors", "wb") as out:  # 128 GiB, which take no room
+        out.truncate(1 << 37)
+    for count, why in ((2048, "altered, between"), (0, "0 checksums are not")):
+        entry = {"group": "x", "size_bytes": 1 << 37, "crc32": ["0" * 8] * count}
         record = {"progress": {}, "trees": {}, "files": {"x.safetensors": entry}}
         record |= {"format": FORMAT, "created": datetime.now(UTC)}
         (path / "helios.json").unlink(missing_ok=True)
