@@ -15,11 +15,16 @@ import helios
 STATE_BYTES = 3 * 4 * 4096 * 4096  # a weight, and what Adam keeps of it
 
 
-def anonymous_bytes():
-    """The memory of this process, without what is mapped from files."""
+def status_bytes(name):
+    """What the system says of the memory of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    (found,) = [line.split()[1] for line in lines if line.startswith("RssAnon")]
+    (found,) = [line.split()[1] for line in lines if line.startswith(name)]
     return 1024 * int(found)
+
+
+def anonymous_bytes():
+    """Without what is mapped from files."""
+    return status_bytes("RssAnon")
 
 
 class Peak(threading.Thread):
@@ -70,9 +75,8 @@ def measure(case, root):
         options |= {"chkpt_frequency": 1, "keep_last": 1}
     else:
         options |= {"total_steps": 5, "resume": "must"}
-    whole = Peak()
     assert train(model, RandomData(), root, **options)[0]
-    return model.until_first_step, whole.end()
+    return model.until_first_step, status_bytes("VmHWM")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
