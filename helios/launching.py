@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 from typing import NoReturn
@@ -117,18 +118,19 @@ def _start(count: int) -> NoReturn:
 
     os.environ[_STARTER] = str(os.getpid())
     logger = get_root_logger()
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(),
-    )
     try:
-        elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
+        with tempfile.TemporaryDirectory() as folder:  # else one would stay there
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=count,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                max_restarts=0,
+                logs_specs=DefaultLogsSpecs(folder),
+            )
+            elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         logger.critical(
