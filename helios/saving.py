@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -207,15 +208,19 @@ class Saver:
         }
 
         def write() -> None:
-            done = dict[str, Any]()
-            for _, _, found, _ in ranks:
-                done |= found
-            for file, tensors in files.items():
-                done |= self.store.write_group(
-                    folder, file, tensors, encoder.aliases[file]
-                )
-            session.flush_writer()  # logs must not fall behind what is resumed from
-            self._commit(folder, name, {**record, "files": done})
+            try:
+                done = dict[str, Any]()
+                for _, _, found, _ in ranks:
+                    done |= found
+                for file, tensors in files.items():
+                    done |= self.store.write_group(
+                        folder, file, tensors, encoder.aliases[file]
+                    )
+                session.flush_writer()  # logs must not fall behind what is resumed from
+                self._commit(folder, name, {**record, "files": done})
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk may need it
+                raise
 
         self._background.submit(write)
         if not self._options.async_save:
@@ -273,7 +278,7 @@ class Saver:
             for path, record in found.items():
                 progress = record["progress"]
                 is_whole = not is_epochs or progress.get("dataset_iter") == 0
-                if is_whole and progress[unit] % options.keep_every == 0:
+                if is_whole and progress.get(unit, 0) % options.keep_every == 0:
                     kept.add(path)
         for path in found:
             if path not in kept:

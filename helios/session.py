@@ -14,7 +14,7 @@ from helios import fingerprint, rng
 from helios.callbacks.base import Callback, overridden
 from helios.checkpoint import Checkpoint, CheckpointStore, Encoder, read_checkpoint
 from helios.engine import Engine
-from helios.errors import CheckpointNotFoundError, ResumeError
+from helios.errors import CheckpointError, CheckpointNotFoundError, ResumeError
 from helios.fingerprint import Cost
 from helios.loggers.tensorboard import NullWriter
 from helios.loggers.text import get_root_logger
@@ -305,10 +305,17 @@ class Session:
         Raises:
             CheckpointError: it could not be written.
         """
-        if self.saver is not None:
-            self.saver.finish()
-            self.saver.check_saved()
-        self.engine.barrier()
+        failure = None
+        try:
+            if self.saver is not None:
+                self.saver.finish()
+                self.saver.check_saved()
+        except Exception as error:  # the others wait to hear of it
+            failure = error
+        if self.engine.agree(failure is not None):
+            raise failure or CheckpointError(
+                "the last checkpoint could not be written; see the main rank's log"
+            )
 
     def close(self) -> None:
         """End the writers, after what they have in hand."""

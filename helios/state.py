@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from helios.errors import CheckpointError
+
 
 def check_name(what: str, name: object) -> None:
     """Raise a ValueError where ``name`` could not be that of a file or folder."""
@@ -68,9 +70,16 @@ class TrainingState:
         return dataclasses.asdict(self)
 
     def load(self, values: Mapping[str, Any]) -> None:
-        """Take the values that :meth:`dict` gave."""
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, values[field.name])
+        """Take the values that :meth:`dict` gave.
+
+        Raises:
+            CheckpointError: one of them is missing.
+        """
+        names = [field.name for field in dataclasses.fields(self)]
+        if missing := [name for name in names if name not in values]:
+            raise CheckpointError(f"the checkpoint's `progress` is without {missing}")
+        for name in names:
+            setattr(self, name, values[name])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

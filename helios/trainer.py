@@ -122,6 +122,9 @@ class Trainer:
     def fit(self, model: Model, datamodule: DataModule) -> bool:
         """Train; every rank must call.
 
+        A process that is to start its ranks does so first, and ends with them: a
+        SystemExit (see :mod:`helios.launching`). :meth:`validate` and :meth:`test` too.
+
         Order: ``prepare_data`` (main rank), the DataModule's ``setup``, the model's
         ``setup``, preparation by Accelerate, the checkpoint to resume from, then the
         loop (see :mod:`helios.loop`). Afterwards ``model`` holds the trained weights.

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import MAXYEAR, UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -26,6 +26,7 @@ from helios.errors import (
     CheckpointError,
     CheckpointNotFoundError,
 )
+from helios.state import TrainingState
 
 FORMAT = 2
 RECORD = "helios.json"
@@ -187,8 +188,18 @@ def read_record(path: Path) -> dict[str, Any]:
             )
         created = datetime.fromisoformat(record["created"])
         record["created"] = created.replace(tzinfo=UTC)
-        if not all(type(record[key]) is dict for key in ("trees", "files", "progress")):
-            raise ValueError("`trees`, `files` or `progress` is of another type")
+        if created.year == MAXYEAR:
+            raise ValueError(f"`created` is {created}: no other could come after it")
+        record = {"identity": {}, "metrics": {}, **record}
+        for name in ("trees", "files", "progress", "identity", "metrics"):
+            if type(record[name]) is not dict:
+                raise ValueError(f"`{name}` is no object")
+        for value in record["metrics"].values():
+            float("nan" if value is None else value)
+        for name, default in TrainingState().dict().items():
+            value = record["progress"].get(name, default)
+            if not isinstance(value, str if isinstance(default, str) else int | float):
+                raise ValueError(f"`{name}` of `progress` is {value!r:.60}")
     except _DAMAGE as error:
         raise CheckpointCorruptError(f"{path / RECORD}: {error}") from error
     return record

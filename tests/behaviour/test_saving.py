@@ -16,6 +16,7 @@ from helios.checkpoint import (
     find_last_checkpoint,
     read_checkpoint,
 )
+from helios.errors import CheckpointError
 
 IN_STEPS = {"train_unit": "iteration", "total_steps": 8}
 
@@ -224,6 +225,23 @@ def test_older_ones_that_resist_do_not_make_the_new_one_a_failure(
     assert "COULD NOT BE WRITTEN" not in said
     assert steps(tmp_path) == [1, 2, 3]
     assert len(recorder.saved) == 3
+
+
+def test_record_without_progress_is_named_and_hinders_no_other_run(tmp_path):
+    options = {**IN_STEPS, "keep_last": 1, "keep_every": 2}
+    train(IdModel(), IndexData(), tmp_path, **options)
+    store = CheckpointStore(tmp_path / "ids")
+    (path,) = store.list()
+    store.amend(path, progress={})
+    with pytest.raises(CheckpointError, match=r"is without .*current_iteration"):
+        train(IdModel(), IndexData(), tmp_path, **options)
+    os.rename(path, path.with_name("another"))
+    options["chkpt_frequency"] = 1
+    finished, recorder = train(
+        IdModel(), IndexData(), tmp_path, resume="never", **options
+    )
+    assert finished
+    assert len(recorder.saved) == 8
 
 
 def test_metric_that_is_not_logged_is_named_once(tmp_path, capsys):

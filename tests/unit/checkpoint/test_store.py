@@ -810,6 +810,37 @@ def crafted(root: Path, files: dict[str, bytes], /, **changes: Any) -> Path:
 EMPTY = b"\x08\0\0\0\0\0\0\0{}      "
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"identity": []},
+        {"identity": None},
+        {"metrics": None},
+        {"metrics": "text"},
+        {"metrics": {"loss": "text"}},
+        {"metrics": {"loss": []}},
+        {"progress": {"current_iteration": "3"}},
+        {"progress": {"global_epoch": None}},
+        {"progress": {"epoch_stage": 1}},
+        {"created": "9999-12-31T23:59:59.999999"},
+    ],
+)
+def test_values_that_no_run_writes_are_refused_and_passed_over(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = crafted(tmp_path, {}, **changes)
+    with pytest.raises(CheckpointCorruptError):
+        read_checkpoint(path)
+    store = CheckpointStore(tmp_path)
+    assert write(store, "new", 1) == store.find_last()
+    assert store.list() == [tmp_path / "new"]
+
+
+def test_what_is_optional_in_a_record_may_be_missing(tmp_path: Path) -> None:
+    record = read_checkpoint(crafted(tmp_path, {})).record
+    assert record["identity"] == record["metrics"] == {}
+
+
 def test_a_time_without_zone_is_taken_for_utc(tmp_path: Path) -> None:
     path = crafted(tmp_path, {}, created="2199-01-01")
     new = write(CheckpointStore(tmp_path), "new", 1)
