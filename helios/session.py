@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from helios import fingerprint, rng
+from helios.bars import reading
 from helios.callbacks.base import Callback, overridden
 from helios.checkpoint import Checkpoint, CheckpointStore, Encoder, read_checkpoint
 from helios.engine import Engine
@@ -42,6 +43,7 @@ class Session:
         store: CheckpointStore | None = None,
         options: SaveOptions | None = None,
         callbacks: Sequence[Callback] = (),
+        shows_progress: bool = False,
     ) -> None:
         self.engine, self.schedule, self.state = engine, schedule, TrainingState()
         self.stop_reason: str | None = None
@@ -71,6 +73,7 @@ class Session:
         self._sums: dict[str, tuple[Any, int]] = {}
         self._log_hooks = overridden(self.callbacks, Callback.on_log)
         self._own = f"rank_{engine.rank}"
+        self._reading = partial(reading, is_shown=shows_progress and engine.is_main)
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to save and stop at the next batch; any rank, any thread."""
@@ -128,7 +131,7 @@ class Session:
         path = self._choose(resume)
         if path is None:
             return False
-        checkpoint = read_checkpoint(path, verify=resume not in ("auto", "must"))
+        checkpoint = self._read(path, resume)
         if (imported := checkpoint.record.get("imported")) is None:
             saved = checkpoint.record["identity"]
             self._check_identity(path.name, saved, allow_inexact)
@@ -155,7 +158,7 @@ class Session:
             self._model.load_for_testing()
             return
         self.logger.info("loaded %s", path.name)
-        checkpoint = read_checkpoint(path, verify=resume not in ("auto", "must"))
+        checkpoint = self._read(path, resume)
         self.state.load(checkpoint.record["progress"])
         weights = self._tree(checkpoint, "training")["model"]
         self._model._call_for_inference(self._model.load_state_dict, True, weights)
@@ -190,14 +193,20 @@ class Session:
             return pathlib.Path(resume)
         found = None
         if self._store is not None and self.engine.is_main:
-            found = self._store.find_last(self.logger.warning)
-        found = self.engine.gather_objects(found)[0]  # the main rank has verified it
+            found = self._store.find_last(self.logger.warning, self._reading)
+        found = self.engine.gather_objects(found)[0]
         if found is None and resume == "must":
             raise CheckpointNotFoundError(
                 '`resume` is "must", and `chkpt_root` has no whole checkpoint of '
                 f'{self._model.save_name!r}; "auto" starts afresh where there is none'
             )
         return found
+
+    def _read(self, path: pathlib.Path, resume: Any) -> Checkpoint:
+        """Open what :meth:`_choose` gave: what it found, the main rank has verified."""
+        is_named = resume not in ("auto", "must")
+        with self._reading([path]) as advance:
+            return read_checkpoint(path, verify=is_named, advance=advance)
 
     def _check_identity(self, name: str, saved: Any, allow_inexact: bool) -> None:
         found = fingerprint.compare(saved, self.identity)

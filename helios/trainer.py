@@ -250,6 +250,7 @@ class Trainer:
             store=store,
             options=self._save_options,
             callbacks=self._hooks,
+            shows_progress=self.enable_progress_bar,
         )
         self._session.stop_reason = self._stop_reason
         return self._session

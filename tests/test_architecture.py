@@ -39,6 +39,7 @@ LAYERS = {
     "differences": 1,
     "fingerprint": 1,
     "signals": 1,
+    "bars": 1,
     "background": 1,
     "workers": 1,
     "data.permutation": 1,

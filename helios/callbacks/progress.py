@@ -1,11 +1,8 @@
-"""The progress bar, and a clock for what cannot say how far it is."""
+"""The progress bar."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -67,23 +64,3 @@ class ProgressBar(Callback):
         self._bar.total = total  # `reset` would leave the old one, for None
         self._bar.reset()
         self._bar.initial = self._bar.n = self._bar.last_print_n = done
-
-
-@contextlib.contextmanager
-def clock(what: str) -> Iterator[None]:
-    """Show how long something takes that cannot say how far it is, after a second."""
-    ended = threading.Event()
-
-    def tick() -> None:
-        options: Any = {"delay": 1, "bar_format": "{desc} {elapsed}"}
-        with tqdm(desc=what, leave=False, disable=None, **options) as bar:
-            while not ended.wait(0.2):
-                bar.update()
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()

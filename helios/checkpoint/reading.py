@@ -31,8 +31,9 @@ from helios.state import TrainingState
 FORMAT = 2
 RECORD = "helios.json"
 SUFFIX = ".safetensors"
-#: Larger ones would take much memory to read.
+# Larger ones would take much memory and time to read.
 MAX_RECORD_BYTES = 1 << 26
+_MAX_OBJECTS = 1 << 21
 _MAX_FILE_BYTES = MAX_RECORD_BYTES + 100  # with the checksum around it
 _SMALL_BYTES = 1 << 20
 _ENVELOPE = re.compile(
@@ -169,6 +170,15 @@ def _damage(
         pool.shutdown(cancel_futures=True)
 
 
+def check_room(body: bytes) -> None:
+    """Raise a ValueError for a record that would take too much to read."""
+    n_objects = body.count(b"{") + body.count(b"[")
+    if len(body) > MAX_RECORD_BYTES or n_objects > _MAX_OBJECTS:
+        has = f"{len(body) >> 20} MiB of plain values in {n_objects} dicts and lists"
+        most = f"{MAX_RECORD_BYTES >> 20} MiB and {_MAX_OBJECTS}"
+        raise ValueError(f"{has}; it may have {most}")
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """Read and verify a record; errors as for :func:`read_checkpoint`."""
     try:
@@ -180,6 +190,7 @@ def read_record(path: Path) -> dict[str, Any]:
         parts = _ENVELOPE.fullmatch((path / RECORD).read_bytes())
         if parts is None or parts[1] != b"%08x" % zlib.crc32(parts[2]):
             raise ValueError("it is truncated or altered")
+        check_room(parts[2])
         record: dict[str, Any] = json.loads(parts[2])
         if record["format"] not in range(1, FORMAT + 1):
             raise CheckpointError(

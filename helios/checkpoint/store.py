@@ -13,6 +13,7 @@ import shutil
 import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from helios.checkpoint.reading import (
     FORMAT,
-    MAX_RECORD_BYTES,
     RECORD,
     SUFFIX,
+    check_room,
     read_checkpoint,
     read_record,
 )
@@ -158,12 +159,20 @@ class CheckpointStore:
         """All that are there, also those whose record cannot be read."""
         return [path for path, _ in self._scan()]
 
-    def find_last(self, report: Report = lambda why: None) -> Path | None:
-        """The newest checkpoint that is whole; ``report`` hears why others are not."""
+    def find_last(
+        self,
+        report: Report = lambda why: None,
+        reading: Callable[[Sequence[Path]], Any] = lambda paths: nullcontext(abs),
+    ) -> Path | None:
+        """The newest checkpoint that is whole; ``report`` hears why others are not.
+
+        What ``reading`` gives for some checkpoints is called with each number of bytes.
+        """
         damaged = [path for path, record in self._scan() if record is None]
         for path in (*damaged, *self.list()):
             try:
-                return read_checkpoint(path).path
+                with reading([path]) as advance:
+                    return read_checkpoint(path, advance=advance).path
             except CheckpointError as error:
                 report(f"skipped the checkpoint {path.name}: {error}")
         return None
@@ -197,11 +206,12 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> None:
     record = {**record, "created": record["created"].isoformat()}
     # Not escaped: JSON takes two escaped lone surrogates for one character.
     body = json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass")
-    if len(body) > MAX_RECORD_BYTES:
+    try:
+        check_room(body)
+    except ValueError as error:
         raise CheckpointError(
-            f"the state's plain values take {len(body) >> 20} MiB, of at most "
-            f"{MAX_RECORD_BYTES >> 20}; keep long lists of numbers as arrays"
-        )
+            f"the state is too large: {error}; keep long lists of numbers as arrays"
+        ) from error
     checksum = b"crc32:%08x" % zlib.crc32(body)
     _write_synced(path, b'{"checksum": "%s", "record": %s}\n' % (checksum, body))
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import click
 
-from helios.cli.output import bar, errors, print_json, size, table
+from helios.bars import clock, reading
+from helios.cli.output import errors, print_json, size, table
 
-# Helios's own modules are imported in the commands: `helios --help` must not wait for
-# torch.
+# What imports torch is imported in the commands: `helios --help` must not wait for it.
 
 _FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 _ROOT = click.argument("root", type=_FOLDER)
@@ -125,7 +125,7 @@ def verify(root: Path, as_json: bool) -> None:
 
     paths = _candidates(root)
     report: dict[str, dict[str, str]] = {}
-    with bar(paths) as advance:
+    with reading(paths) as advance:
         for path in paths:
             try:
                 report[str(path)] = find_damage(path, advance=advance)
@@ -152,12 +152,11 @@ def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
     """Name the first values and tensors that differ, bit by bit."""
     from itertools import islice
 
-    from helios.callbacks.progress import clock
     from helios.checkpoint import read_checkpoint
     from helios.differences import differences
 
     with errors():
-        with bar([first, second]) as advance:
+        with reading([first, second]) as advance:
             one, two = (read_checkpoint(p, advance=advance) for p in (first, second))
         found = []
         groups = {**one.record["trees"], **two.record["trees"]}
@@ -207,7 +206,7 @@ def prune(root: Path, keep_last: int, dry_run: bool, as_json: bool) -> None:
         store, whole = CheckpointStore(folder), 0
         for path, record in store.records().items():
             if whole < keep_last:
-                with bar([path]) as advance:
+                with reading([path]) as advance:
                     whole += not find_damage(path, advance=advance)
             elif not record.get("is_best"):
                 doomed.append(path)
@@ -233,12 +232,14 @@ def prune(root: Path, keep_last: int, dry_run: bool, as_json: bool) -> None:
     type=click.IntRange(1),
     help="Make OUT a folder of such shards with an index, as on the Hugging Face Hub.",
 )
-def export(path: Path, out: Path, accelerate: bool, shard_bytes: int | None) -> None:
+@_JSON
+def export(
+    path: Path, out: Path, accelerate: bool, shard_bytes: int | None, as_json: bool
+) -> None:
     """Write the networks' weights to OUT, one safetensors file without the rest."""
     import shutil
 
     from helios import interchange
-    from helios.callbacks.progress import clock
     from helios.checkpoint import read_checkpoint
 
     if out.exists():
@@ -248,7 +249,7 @@ def export(path: Path, out: Path, accelerate: bool, shard_bytes: int | None) -> 
     partial = out.with_name(f".{out.name}.partial")
     try:
         with errors():
-            with bar([path]) as advance:
+            with reading([path]) as advance:
                 found = read_checkpoint(path, advance=advance)
             with clock("writing"):
                 if accelerate:
@@ -262,6 +263,9 @@ def export(path: Path, out: Path, accelerate: bool, shard_bytes: int | None) -> 
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
+    if as_json:
+        print_json({"path": str(out), "left_out": left_out})
+        return
     for name in left_out:
         click.echo(f"not in there: {name}", err=True)
     click.echo(f"written to {out}")
@@ -295,7 +299,6 @@ def import_(
     ROOT is the run's chkpt_root. What the files cannot tell is listed.
     """
     from helios import interchange
-    from helios.callbacks.progress import clock
 
     given = {"global_epoch": epoch, "current_iteration": step, "dataset_iter": batch}
     progress = {name: value for name, value in given.items() if value is not None}

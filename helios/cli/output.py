@@ -1,12 +1,9 @@
-"""What the commands print: tables, JSON, progress bars, errors."""
+"""What the commands print: tables, JSON, errors."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
@@ -23,17 +20,6 @@ class errors:  # noqa: N801  # used as a function is
 
         if isinstance(error, CheckpointError | OSError | ValueError):
             raise click.UsageError(str(error)) from error
-
-
-@contextlib.contextmanager
-def bar(paths: Sequence[Path]) -> Iterator[Any]:
-    """Show how far the reading of checkpoints is, where it takes over a second."""
-    from tqdm import tqdm
-
-    total = sum(f.stat().st_size for path in paths for f in path.glob("*.safetensors"))
-    options: Any = {"total": total, "unit": "B", "unit_scale": True}
-    with tqdm(desc="reading", leave=False, disable=None, delay=1, **options) as bar:
-        yield bar.update
 
 
 def print_json(value: Any) -> None:

@@ -2,14 +2,8 @@
 
 import enum
 import errno
-import fcntl
 import json
-import os
-import pty
-import struct
-import subprocess
 import sys
-import termios
 
 import pytest
 import torch
@@ -203,30 +197,6 @@ def test_prune_that_cannot_delete_says_so(root, monkeypatch):
     assert "resource busy" in result.output
 
 
-SLOW = """
-import time
-from helios.callbacks.progress import clock
-with clock("writing"):
-    time.sleep(2)
-"""
-
-
-def test_clock_runs_on_a_terminal_after_a_second():
-    leader, follower = pty.openpty()
-    size = struct.pack("4H", 24, 80, 0, 0)
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, size)
-    done = subprocess.Popen([sys.executable, "-c", SLOW], stderr=follower)
-    assert done.wait(timeout=60) == 0
-    os.close(follower)
-    shown = os.read(leader, 1 << 16).decode()
-    os.close(leader)
-    assert "writing 00:01" in shown
-    done = subprocess.run(
-        [sys.executable, "-c", SLOW], stderr=subprocess.PIPE, timeout=60, check=True
-    )
-    assert done.stderr == b""
-
-
 @pytest.mark.parametrize("command", ["list", "show", "verify"])
 def test_file_in_the_place_of_a_folder_is_refused(command):
     assert run(command, __file__).exit_code == 2
@@ -266,3 +236,12 @@ def test_export_writes_the_weights_in_one_file(root, tmp_path):
     broken = run("export", at(root, 1), tmp_path / "other.safetensors")
     assert broken.exit_code == 2
     assert {path.name for path in tmp_path.iterdir()} == {"root", out.name}
+
+
+def test_export_tells_other_programs_what_it_left_out(root, tmp_path):
+    out = tmp_path / "folder"
+    report = json.loads(
+        run("export", at(root, 3), out, "--accelerate", "--json").stdout
+    )
+    assert report["path"] == str(out)
+    assert any("the position in the data" in line for line in report["left_out"])

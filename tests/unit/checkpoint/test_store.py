@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, load_model
+from support.disk import Disk
 
 from helios.checkpoint import (
     BackgroundWriter,
@@ -29,6 +31,7 @@ from helios.checkpoint import (
     read_checkpoint,
     register_type,
 )
+from helios.checkpoint import reading as reading_module
 from helios.checkpoint import store as store_module
 from helios.checkpoint import tensors as tensors_module
 from helios.checkpoint.reading import FORMAT
@@ -427,62 +430,6 @@ class Crash(BaseException):
     """The process ends here: nothing may catch it."""
 
 
-OPERATIONS = ("mkdir", "makedirs", "rename", "replace", "fsync", "open", "rmtree")
-
-
-class Disk:
-    """Stands for `open`, `os` and `shutil`: fails at one operation."""
-
-    def __init__(self, fail_at: int, error: BaseException) -> None:
-        self.fail_at, self.error, self.log = fail_at, error, list[str]()
-
-    def did(self, what: str) -> None:
-        self.log.append(what)
-        if len(self.log) == self.fail_at:
-            raise self.error
-
-    def __getattr__(self, name: str) -> Any:
-        real = getattr(shutil if hasattr(shutil, name) else os, name)
-        if name not in OPERATIONS:
-            return real
-
-        def operation(*args: Any, **kwargs: Any) -> Any:
-            if name == "rmtree" and len(self.log) + 1 == self.fail_at:
-                next(Path(args[0]).iterdir()).unlink()  # half of it is done
-            self.did(name)
-            return real(*args, **kwargs)
-
-        return operation
-
-    def open_file(self, path: Path, mode: str) -> Any:
-        if mode == "rb":
-            return open(path, mode)
-        self.did(f"create {Path(path).name}")
-        return DiskFile(self, open(path, mode), Path(path).name)
-
-
-class DiskFile:
-    def __init__(self, disk: Disk, file: Any, name: str) -> None:
-        self.disk, self.file, self.name = disk, file, name
-
-    def __enter__(self) -> "DiskFile":
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self.file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-    def write(self, data: Any) -> None:
-        try:
-            self.disk.did(f"write {self.name}")
-        except BaseException:
-            self.file.write(data[: len(data) // 2])
-            raise
-        self.file.write(data)
-
-
 def with_disk(
     monkeypatch: pytest.MonkeyPatch, disk: Disk, run: Callable[[], Any]
 ) -> bool:
@@ -723,9 +670,14 @@ def test_a_record_too_large_to_be_read_is_not_written(
 ) -> None:
     store = CheckpointStore(tmp_path)
     write(store, "a", 1)
-    monkeypatch.setattr(store_module, "MAX_RECORD_BYTES", 10_000)
-    with pytest.raises(CheckpointError, match="keep long lists of numbers as arrays"):
-        save(store, "b", 2, x=list(range(10_000)))
+    for limit, tree in (
+        ("MAX_RECORD_BYTES", list(range(10_000))),
+        ("_MAX_OBJECTS", []),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(reading_module, limit, 10_000)
+            with pytest.raises(CheckpointError, match="keep long lists of numbers as"):
+                save(store, "b", 2, x=tree or [[] for _ in range(10_000)])
     assert found(tmp_path) == 1
 
 
@@ -1003,6 +955,20 @@ def test_a_record_nested_without_end_is_corrupt(tmp_path: Path) -> None:
     head = f'{{"checksum": "crc32:{zlib.crc32(bomb.encode()):08x}", "record": '
     (path / "helios.json").write_text(f"{head}{bomb}}}\n")
     assert_noticed(path, "helios.json", "recursion")
+
+
+def test_a_record_that_would_take_all_memory_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "bomb"
+    path.mkdir()
+    body = b'{"trees": [%s[]]}' % (b"[]," * 20_000_000)  # 2 GB once it is read
+    head = b'{"checksum": "crc32:%08x", "record": ' % zlib.crc32(body)
+    (path / "helios.json").write_bytes(head + body + b"}\n")
+    tracemalloc.start()
+    began = time.monotonic()
+    assert_noticed(path, "helios.json", "20000003 dicts and lists; it may have")
+    assert time.monotonic() - began < 10
+    assert tracemalloc.get_traced_memory()[1] < 5 * len(body)
+    tracemalloc.stop()
 
 
 def test_a_later_format_is_refused_and_passed_over(tmp_path: Path) -> None:
