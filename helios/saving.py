@@ -230,29 +230,40 @@ class Saver:
         best, others = self._options.keep_best, self.store.records()
         replaced = others.pop(self.store.root / name, None)
         found = {self.store.root / name: record, **others}
-        marks = dict.fromkeys(found, False)
         if best is not None:
-            marks |= dict.fromkeys(best.best(found)[:1], True)
             self._check_metric(best.metric, record["metrics"])
-            record["is_best"] = marks[self.store.root / name]
+            record["is_best"] = self.store.root / name in best.best(found)[:1]
         known = {**others, folder: replaced} if replaced else others
         path = self.store.commit(folder, name, record, known)
-        try:
-            for older, values in others.items() if best is not None else ():
-                if bool(values.get("is_best")) != marks[older]:
-                    self.store.amend(older, is_best=marks[older])
-            self._prune(found)
-        except (OSError, CheckpointError) as error:
-            self._session.logger.error(
-                "OLDER CHECKPOINTS COULD NOT BE MARKED OR DELETED, %s is written: %s",
-                *(name, error),
-            )
+        self._settle(found)
         try:
             hooks = self._session.callbacks
             for hook in overridden(hooks, Callback.on_checkpoint_saved):
                 hook(self._session, path)
         except BaseException as error:  # the user's, not the disk's
             self._hook_error = error
+
+    def settle(self, path: Path) -> None:
+        """Finish what a run that died has left undone, and spare what is resumed."""
+        if self._session.engine.is_main:
+            self.store.clean()
+            self._settle(self.store.records(), path)
+
+    def _settle(
+        self, found: Mapping[Path, Mapping[str, Any]], resumed: Path | None = None
+    ) -> None:
+        """Mark the best of these, delete those that need not stay."""
+        best = self._options.keep_best
+        marked = [] if best is None else best.best(found)[:1]
+        try:
+            for path, record in found.items() if best is not None else ():
+                if bool(record.get("is_best")) != (path in marked):
+                    self.store.amend(path, is_best=path in marked)
+            self._prune(found, resumed)
+        except (OSError, CheckpointError) as error:
+            self._session.logger.error(
+                "OLDER CHECKPOINTS COULD NOT BE MARKED OR DELETED: %s", error
+            )
 
     def _check_metric(self, name: str, metrics: Mapping[str, Any]) -> None:
         if name in metrics or self._has_warned:
@@ -264,7 +275,9 @@ class Saver:
             *(name, sorted(metrics) or "nothing"),
         )
 
-    def _prune(self, found: Mapping[Path, Mapping[str, Any]]) -> None:
+    def _prune(
+        self, found: Mapping[Path, Mapping[str, Any]], resumed: Path | None
+    ) -> None:
         """Delete those that need not stay, of these; the newest come first."""
         options = self._options
         if options.keep_last is None:
@@ -281,7 +294,7 @@ class Saver:
                 if is_whole and progress.get(unit, 0) % options.keep_every == 0:
                     kept.add(path)
         for path in found:
-            if path not in kept:
+            if path not in kept and path != resumed:
                 self.store.remove(path)
 
     def has_failed(self) -> bool:

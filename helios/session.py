@@ -139,8 +139,12 @@ class Session:
             for line in imported["unknown"]:
                 self.logger.warning("imported from %s: %s", imported["from"], line)
         self.state.load(checkpoint.record["progress"])
+        step = self.state.current_iteration
+        for name, value in checkpoint.record["metrics"].items():
+            self._logged[name] = (float("nan" if value is None else value), step)
         if self.saver is not None:
             self.saver.mark()
+            self.saver.settle(path)
         own = self._own if self._own in checkpoint.record["trees"] else "rank_0"
         self.reading = dict(checkpoint.tree(own)["reading"])
         # Hooks that run before training goes on see the restored state. What they

@@ -47,7 +47,7 @@ class CheckpointStore:
         self.root, self.max_shard_bytes = Path(root), max_shard_bytes
 
     def begin(self, name: str, *, size_bytes: int = 0) -> Path:
-        """Make the folder to write into; remove what dead writers left behind.
+        """Make the folder to write into.
 
         Raises:
             OSError: it cannot be made, or the disk has no room for that size.
@@ -55,18 +55,19 @@ class CheckpointStore:
         if not _NAME.fullmatch(name):
             raise ValueError(f"`name` must be that of a plain folder, got {name!r}")
         os.makedirs(self.root, exist_ok=True)
-        aside = [p for p in self.root.glob("*.replaced") if p.with_suffix("").exists()]
-        for litter in (*self.root.glob(".helios-*"), *aside):
-            shutil.rmtree(litter, ignore_errors=True)
+        self.clean()
         if (free := shutil.disk_usage(self.root).free) < size_bytes:
-            raise OSError(
-                errno.ENOSPC,
-                f"{os.strerror(errno.ENOSPC)}: {size_bytes} bytes are needed in "
-                f"{self.root}, {free} are free",
-            )
+            what = f"{size_bytes} bytes are needed in {self.root}, {free} are free"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {what}")
         folder = self.root / f".helios-{uuid.uuid4().hex}"
         os.mkdir(folder)
         return folder
+
+    def clean(self) -> None:
+        """Remove what dead writers left behind."""
+        aside = [p for p in self.root.glob("*.replaced") if p.with_suffix("").exists()]
+        for litter in (*self.root.glob(".helios-*"), *aside):
+            shutil.rmtree(litter, ignore_errors=True)
 
     def write_group(
         self,

@@ -353,3 +353,23 @@ def test_error_of_a_hook_that_a_checkpoint_calls_ends_the_run_at_the_next_step(
         train(model, IndexData(), tmp_path, Failing(), **options)
     assert len(model.batches) == 3
     assert read_checkpoint(find_last_checkpoint(tmp_path))
+
+
+def test_resume_deletes_what_a_dead_run_left_and_spares_what_it_goes_on_from(tmp_path):
+    options = {**IN_STEPS, "total_steps": 3, "chkpt_frequency": 1}
+    train(IdModel(), IndexData(), tmp_path, **options)
+    store = CheckpointStore(tmp_path / "ids")
+    damaged = store.list()[0] / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (tmp_path / "ids" / ".helios-0123").mkdir()
+
+    def look(session):
+        assert steps(tmp_path) == [2, 3]
+        assert not list((tmp_path / "ids").glob(".helios-*"))
+
+    class AtStart(helios.Callback):
+        on_training_start = staticmethod(look)
+
+    train(IdModel(), IndexData(), tmp_path, AtStart(), **options, keep_last=1)
+    assert steps(tmp_path) == [3]
+    assert find_damage(store.list()[0]) == {}

@@ -594,7 +594,7 @@ def test_a_writer_killed_at_any_moment_leaves_what_it_acknowledged(
     done = subprocess.run(
         [sys.executable, "-c", SAVE_FOREVER, str(tmp_path), str(here), str(count)],
         cwd=here.parents[2],
-        env={**os.environ, "PYTHONPATH": str(here.parents[2])},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=100,
