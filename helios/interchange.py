@@ -32,6 +32,7 @@ _FILES = {
     "schedulers": "scheduler.bin",
     "others": "custom_checkpoint_0.pkl",
 }
+_PICKLED = {"networks": "pytorch_model.bin"}  # by `safe_serialization=False`
 _METADATA = {"format": "pt"}  # which some readers insist on
 _LAYOUT = "the layout of these files is not documented: look at the first results"
 
@@ -107,7 +108,8 @@ def from_accelerate(
         raise CheckpointError(f"{folder} is a checkpoint of Helios already")
     model: dict[str, Any] = {}
     for kind, first in _FILES.items():
-        states = [_read(path) for path in _files(folder, first)]
+        paths = _files(folder, first) or _files(folder, _PICKLED.get(kind, first))
+        states = [_read(path) for path in paths]
         model[kind] = states
         if kind in names:
             if len(names[kind]) != len(states):
@@ -117,8 +119,7 @@ def from_accelerate(
                 )
             model[kind] = dict(zip(names[kind], states, strict=True))
     if not model["networks"]:
-        why = "it is none of `save_state`, or one with `safe_serialization=False`"
-        raise CheckpointNotFoundError(f"{folder} has no model.safetensors: {why}")
+        raise CheckpointNotFoundError(f"{folder} has no weights of `save_state`")
     scaler = folder / "scaler.pt"
     found = Found("Accelerate", model, TrainingState())
     if scaler.exists():

@@ -187,7 +187,8 @@ class Session:
                 parameter.requires_grad_(asks)
                 parameter.grad = None if grad is None else grad.to(parameter.device)
         if rank["rng"] is not None:
-            is_partial = "imported" in checkpoint.record
+            device = checkpoint.record["identity"].get("device_type")
+            is_partial = device != self.engine.device.type  # or nothing is known
             rng.restore_rng(rank["rng"], self.engine.device, is_partial=is_partial)
 
     def _choose(self, resume: Any) -> Any:

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 import helios
+from helios.checkpoint import CheckpointStore
 from helios.data import ResumableSampler, create_dataloader
 from helios.errors import (
     CheckpointError,
@@ -314,6 +315,22 @@ def test_changed_run_is_refused_unless_it_is_allowed(tmp_path, data, options, me
     assert model.ids == []
     assert train(model, changed, tmp_path, StopAt(), allow_inexact=True, **options)[0]
     assert model.ids
+
+
+def test_another_kind_of_device_is_refused_unless_it_is_allowed(tmp_path, capsys):
+    assert not train(RandomModel(), RandomData(), tmp_path, StopAt(3), total_steps=2)[0]
+    (path,) = (store := CheckpointStore(tmp_path / "random")).list()
+    record = store.records()[path]
+    record["identity"]["device_type"] = "cuda"  # as if it had been one
+    states = record["trees"]["rank_0"]["rng"]
+    states["cuda"] = states["torch"]
+    store.amend(path, identity=record["identity"], trees=record["trees"])
+    with pytest.raises(ResumeError, match="`device_type` was cuda, is cpu"):
+        train(RandomModel(), RandomData(), tmp_path, total_steps=2)
+    model = RandomModel()
+    assert train(model, RandomData(), tmp_path, total_steps=2, allow_inexact=True)[0]
+    assert model.ids
+    assert "are of no use to another" in capsys.readouterr().err
 
 
 def test_everything_that_changed_is_listed(tmp_path):

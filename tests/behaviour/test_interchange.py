@@ -84,7 +84,7 @@ def accelerator():
     reset()
 
 
-def with_accelerate(accelerator, save_to=None, load_from=None, save_at=8):
+def with_accelerate(accelerator, save_to=None, load_from=None, save_at=8, is_safe=True):
     """A hand-written loop, which saves after some steps, or goes on from there."""
     body, head = networks()
     body_optimizer, head_optimizer, scheduler = trained_by(body, head)
@@ -109,7 +109,7 @@ def with_accelerate(accelerator, save_to=None, load_from=None, save_at=8):
                 optimizer.zero_grad()
             scheduler.step()
             if step == save_at and save_to is not None:
-                accelerator.save_state(save_to)
+                accelerator.save_state(save_to, safe_serialization=is_safe)
     return {
         "body": body.state_dict(),
         "head": head.state_dict(),
@@ -135,8 +135,13 @@ def run(*arguments):
     return CliRunner().invoke(main, ["checkpoint", *map(str, arguments)])
 
 
-def test_run_goes_on_from_an_accelerate_folder_to_the_same_bits(tmp_path, accelerator):
-    expected = with_accelerate(accelerator, save_to=tmp_path / "saved")
+@pytest.mark.parametrize("is_safe", [True, False])
+def test_run_goes_on_from_an_accelerate_folder_to_the_same_bits(
+    tmp_path, accelerator, is_safe
+):
+    saved = tmp_path / "saved"
+    expected = with_accelerate(accelerator, save_to=saved, is_safe=is_safe)
+    assert (saved / "pytorch_model_1.bin").exists() is not is_safe
     done = run(
         *("import", tmp_path / "saved", tmp_path / "root", "--save-name", "ported"),
         *("--epoch", 1, "--batch", 2, "--json"),
@@ -212,7 +217,7 @@ def test_wrong_names_and_wrong_sources_are_refused(tmp_path, accelerator):
     for source, options, message in (
         (tmp_path / "saved", ("--networks", "net"), "1 names .* has 2"),
         (tmp_path / "saved", ("--save-name", "a/b"), "must be a plain file name"),
-        (tmp_path, (), "has no model.safetensors"),
+        (tmp_path, (), "has no weights"),
         (__file__, (), "cannot be read without running code"),
         (FIXTURE, (), "is a checkpoint of Helios already"),
     ):

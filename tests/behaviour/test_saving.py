@@ -316,7 +316,10 @@ def test_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, 
     assert "100 are free" in said
 
 
-def test_failure_of_the_writer_is_told_at_the_next_step(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("is_async", [False, True])
+def test_failure_of_the_writer_is_told_at_the_next_step(
+    tmp_path, monkeypatch, capsys, is_async
+):
     said = {}
 
     def fail(self, *args):
@@ -325,7 +328,10 @@ def test_failure_of_the_writer_is_told_at_the_next_step(tmp_path, monkeypatch, c
     def listen(session):
         said[session.state.current_iteration] = capsys.readouterr().err
 
-    options = {**IN_STEPS, "chkpt_frequency": 3, "async_save": False}
+    def wait(session):
+        session.saver._background.wait()
+
+    options = {**IN_STEPS, "chkpt_frequency": 3, "async_save": is_async}
     with monkeypatch.context() as patch:
         patch.setattr(CheckpointStore, "write_group", fail)
         with pytest.raises(helios.HeliosError, match="could not be written"):
@@ -333,11 +339,12 @@ def test_failure_of_the_writer_is_told_at_the_next_step(tmp_path, monkeypatch, c
                 IdModel(),
                 IndexData(),
                 tmp_path,
+                *(At(step, wait) for step in (4, 7)),
                 *(At(step, listen) for step in range(1, 9)),
                 **options,
             )
     told = [step for step, text in said.items() if "Input/output error" in text]
-    assert told == [4, 7]
+    assert told == ([5, 8] if is_async else [4, 7])
 
 
 def test_error_of_a_hook_that_a_checkpoint_calls_ends_the_run_at_the_next_step(
