@@ -98,6 +98,13 @@ class Engine:
             accelerator.native_amp = True
             accelerator.scaler = torch.amp.GradScaler("cpu")
         self.scaler: Any = accelerator.scaler
+        #: Whether the ranks share the networks' weights out: FSDP2.
+        self.is_sharded: bool = getattr(accelerator, "is_fsdp2", False)
+        if accelerator.distributed_type is DistributedType.FSDP and not self.is_sharded:
+            raise LaunchError(
+                "FSDP is asked for in its first version, which Helios cannot save; set "
+                "`fsdp_version` to 2"
+            )
         self._is_plain = accelerator.distributed_type in map(DistributedType, _PLAIN)
         self._is_bare = (
             self._is_plain and self.scaler is None and self.accumulation_steps == 1
@@ -154,9 +161,15 @@ class Engine:
                 subjects.append(net)
             else:
                 out[id(net)] = net.to(self.device)
-                if parameters:  # a frozen network; a loss is only placed
+                # A frozen network; a loss is only placed, and FSDP takes no frozen one.
+                if parameters and not self.is_sharded:
                     placed = self.accelerator.prepare_model(net, evaluation_mode=True)
                     out[id(net)] = placed
+        if self.is_sharded and len(subjects) != 1:
+            raise LaunchError(
+                f"FSDP shards one network with parameters to train, and the model has "
+                f"{len(subjects)}; put them into one module, or use DDP"
+            )
         subjects += [] if self._is_bare else optimizers
         # One call, as FSDP demands. The Nones have it return a tuple in any case.
         done = self.accelerator.prepare(*subjects, None, None)[:-2]
@@ -200,7 +213,9 @@ class Engine:
         self._batch, self._is_first, self._is_last = self._batch + 1, is_first, is_step
         self.accelerator.sync_gradients = is_step
         with contextlib.ExitStack() as stack:
-            if not is_step and self.world_size > 1:
+            # Sharded gradients are summed up over the ranks with each batch: torch
+            # keeps what is to be summed up later where nobody can save it.
+            if not is_step and self.world_size > 1 and not self.is_sharded:
                 for net in self._networks:
                     stack.enter_context(self.accelerator.no_sync(net))
             yield

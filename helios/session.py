@@ -21,6 +21,7 @@ from helios.loggers.tensorboard import NullWriter
 from helios.loggers.text import get_root_logger
 from helios.model.model import Model
 from helios.saving import SaveOptions, Saver
+from helios.sharding import layout_of
 from helios.state import Schedule, TrainingState
 
 
@@ -99,19 +100,25 @@ class Session:
 
     def _encode(self) -> tuple[Encoder, dict[str, Any]]:
         encoder, trees = Encoder(), dict[str, Any]()
-        if self.engine.is_main:
+        if self.engine.is_main or self.engine.is_sharded:  # each rank has its pieces
             networks: Any = Model.trained_state_dict(self._model)
             if len(networks) == 1:  # under their own names, as others expect them
                 (networks,) = networks.values()
             trees["model"] = encoder.encode(networks, file="model")
             parts = {name: part.state_dict() for name, part in self._parts.items()}
             trees["training"] = encoder.encode(parts, file="training")
-        parameters = self._model._holdings().all_parameters()
+        if not self.engine.is_main:  # the files so far are the main rank's
+            encoder = Encoder(encoder.pieces)
+        holdings = self._model._holdings()
+        parameters = holdings.all_parameters()
         own = {
             "rng": rng.capture_rng(self.engine.device),
             "books": self._books(),
             "reading": self.reading,
+            # Not all wrappers keep them the same on the ranks, as DDP does.
+            "buffers": holdings.buffers() if self.engine.world_size > 1 else {},
             "gradients": [[p.requires_grad, p.grad] for p in parameters],
+            "shards": encoder.pieces,  # those of the gradients too: it comes last
         }
         trees[self._own] = encoder.encode(own, file=self._own)
         return encoder, trees
@@ -180,8 +187,12 @@ class Session:
         if rank is None:
             self.logger.warning("the checkpoint has no random numbers of %s", self._own)
             return
+        holdings = self._model._holdings()
+        buffers, saved = holdings.buffers(), rank.get("buffers", {})
+        for name in buffers.keys() & saved.keys():
+            buffers[name].copy_(saved[name])
         if rank["gradients"] is not None:  # else it is from elsewhere
-            parameters = self._model._holdings().all_parameters()
+            parameters = holdings.all_parameters()
             pairs = zip(parameters, rank["gradients"], strict=True)
             for parameter, (asks, grad) in pairs:
                 parameter.requires_grad_(asks)
@@ -258,8 +269,14 @@ class Session:
             is_extra = any(str(key).endswith("_extra_state") for key in path)
             return is_network and not is_extra
 
-        device = self.engine.device
-        return checkpoint.tree(group, own=own, device=device, copied=copied)
+        parameters = self._model._holdings().all_parameters()
+        return checkpoint.tree(
+            group,
+            own=own,
+            device=self.engine.device,
+            copied=copied,
+            layout=layout_of(parameters),
+        )
 
     def keep(self, what: str | None) -> None:
         """Keep the "latest" or the "means" for :meth:`flush`; None: write at once."""

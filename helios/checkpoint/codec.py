@@ -2,9 +2,10 @@
 
 ``None``, bools, ints, finite floats, strings, lists, and dicts with string keys stand
 for themselves; all else is ``{"$": tag, "v": payload}``, a tensor ``[file, name]``, and
-its device and the order of its dimensions where they are not as usual. Not kept: gaps
-and overlaps of views, which of several devices, ``requires_grad``, and which lists and
-dicts are the same one.
+its device and the order of its dimensions where they are not as usual; a sharded one
+``[name, shape, dimension, dtype]``, of whose pieces each rank has its own. Not kept:
+gaps and overlaps of views, which of several devices, ``requires_grad``, and which lists
+and dicts are the same one.
 """
 
 import math
@@ -16,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from helios import sharding
+from helios.checkpoint.tensors import FORMS
 from helios.checkpoint.types import (
     BACK,
     BACK_WITHOUT_CLASSES,
@@ -28,16 +31,13 @@ from helios.errors import CheckpointCorruptError, CheckpointError, UnstorableErr
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 Place: TypeAlias = tuple[str | int, ...]  # the keys on the way to a value
-#: Gets a tensor's place in the tree, its file, its name, and perhaps the type of its
-#: device and the order of its dimensions; gives the tensor, or who is going to have it.
+#: Gets a tensor's place in the tree, its file (None for a sharded one), and what else
+#: its node has; gives the tensor, or who is going to have it.
 Find: TypeAlias = Callable[..., Tensor | Future[Tensor]]
 
 _MAX_DEPTH = 100
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _TENSORS = (Tensor, torch.nn.Parameter)
-# The dtypes are those that every allowed safetensors reads; others go as bytes.
-_NUMBERS = r"bool|u?int(8|16|32|64)|b?float(16|32|64)|float8_e(4m3fn|5m2)"
-_KNOWN = re.compile(rf"torch\.({_NUMBERS})")
 
 
 class Encoder:
@@ -46,11 +46,13 @@ class Encoder:
     Attributes:
         files: the tensors by file and by name, which is the path to the tensor.
         aliases: by file, the further names of tensors that are stored under another.
+        pieces: by name, this rank's pieces of sharded tensors, to be encoded last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: dict[str, sharding.Piece | None] | None = None) -> None:
         self.files: dict[str, dict[str, Tensor]] = {}
         self.aliases: dict[str, dict[str, str]] = {}
+        self.pieces = {} if pieces is None else pieces
         # The tensor itself too, so that its address is not used again.
         self._places: dict[Any, tuple[str, str, Tensor]] = {}
 
@@ -101,6 +103,8 @@ class Encoder:
         return {"$": tag, "v": self._encode(tree, path, file)}
 
     def _tensor(self, tensor: Tensor, path: Place, file: str) -> Json:
+        if sharding.is_sharded(tensor):
+            return self._sharded(tensor, path, file)
         if tensor.is_quantized:
             raise _refusal(path, "is quantised; keep `dequantize()` of it instead")
         if type(tensor) not in _TENSORS or tensor.layout is not torch.strided:
@@ -110,7 +114,7 @@ class Encoder:
         if tensor.is_nested or tensor.is_meta or not address:
             raise _refusal(path, "is a nested tensor, or one without data")
         stored = tensor.detach().resolve_conj().resolve_neg()
-        is_known = _KNOWN.fullmatch(str(tensor.dtype)) is not None
+        is_known = tensor.dtype in FORMS  # the others go as bytes
         shape = (tensor.storage_offset(), tensor.shape, tensor.stride())
         lazy = (tensor.is_conj(), tensor.is_neg())
         key = (tensor.device, address, *shape, tensor.dtype, *lazy)
@@ -133,6 +137,22 @@ class Encoder:
         if is_known:
             return plain
         return {"$": "viewed", "v": [str(tensor.dtype), list(tensor.shape), plain]}
+
+    def _sharded(self, tensor: Any, path: Place, file: str) -> Json:
+        try:
+            dim, piece = sharding.shard_dim(tensor), sharding.piece_of(tensor)
+        except ValueError as error:
+            raise _refusal(path, f"cannot be stored: {error}") from error
+        # A name that all ranks have for it: each of them has the same tree.
+        kind = file.partition("_")[0]
+        name = ".".join(_UNSAFE.sub("_", str(part)) for part in (kind, *path))
+        while name in self.pieces:
+            name += "~"
+        if piece is not None:
+            key = ("sharded", piece[1].data_ptr(), tensor.shape)
+            _, name, _ = self._places.setdefault(key, (file, name, piece[1]))
+        self.pieces.setdefault(name, piece)
+        return {"$": "sharded", "v": [name, [*tensor.shape], dim, str(tensor.dtype)]}
 
 
 def decode(plain: Any, find: Find, *, has_classes: bool = True) -> Any:
@@ -167,6 +187,8 @@ def _find(node: Any, path: Place, find: Find, found: dict[int, Any]) -> None:
             _find(value, (*path, key), find, found)
     elif type(node) is dict and node["$"] == "tensor":
         found[id(node)] = find(path, *node["v"])
+    elif type(node) is dict and node["$"] == "sharded":
+        found[id(node)] = find(path, None, *node["v"])
     elif type(node) is dict and node["$"] in ("dict", "OrderedDict", "Counter"):
         for key, value in node["v"]:  # paths name keys, not pairs
             _find(key, path, find, found)
@@ -182,7 +204,7 @@ def _decode(node: Any, found: Mapping[int, Any], back: Mapping[str, Any]) -> Any
         return node
     if "$" not in node:
         return {key: _decode(value, found, back) for key, value in node.items()}
-    if node["$"] == "tensor":
+    if node["$"] in ("tensor", "sharded"):
         return found[id(node)]
     return back[node["$"]](_decode(node["v"], found, back))
 

@@ -26,9 +26,10 @@ from helios.errors import (
     CheckpointError,
     CheckpointNotFoundError,
 )
+from helios.sharding import Layout, Piece, join
 from helios.state import TrainingState
 
-FORMAT = 2
+FORMAT = 3
 RECORD = "helios.json"
 SUFFIX = ".safetensors"
 # Larger ones would take much memory and time to read.
@@ -67,6 +68,7 @@ class Checkpoint:
         device: torch.device | None = None,
         copied: Callable[[Place], bool] = lambda path: False,
         has_classes: bool = True,
+        layout: Layout = None,
     ) -> Any:
         """Decode one group.
 
@@ -74,14 +76,19 @@ class Checkpoint:
         the files. With `own`, they have memory of their own, laid out as it was. What
         was on a GPU goes there, without a copy on the host, if `device` is one. Neither
         is for those at the places that are `copied`: by whoever gets the tree.
+        Sharded ones are made to lie as in `layout`; every rank must call then.
         `has_classes=False` puts names where the program's own enums, named tuples and
         registered types were.
         """
         made = dict[tuple[str, str], Tensor | Future[Tensor]]()
 
         def find(
-            path: Place, file: str, name: str, there: str = "cpu", order: Any = None
+            path: Place, file: Any, name: str, there: Any = "cpu", *more: Any
         ) -> Tensor | Future[Tensor]:
+            if file is None:
+                dim, dtype = more
+                return join(pieces[name], there, dim, getattr(torch, dtype[6:]), layout)
+            order = more[0] if more else None
             mapped = self.tensors[file][name]
             moves = device is not None and "cpu" not in (there, device.type)
             if copied(path) or not (own or moves):
@@ -101,11 +108,24 @@ class Checkpoint:
 
         if group not in self.record["trees"]:
             raise CheckpointError(f"{self.path} has no {group!r}")
-        plain = self.record["trees"][group]
+        plain, pieces = self.record["trees"][group], self._pieces()
         # Side by side: the first use of memory takes longer than the copy. What is made
         # in inference mode would carry its restrictions along.
         with torch.inference_mode(False), ThreadPoolExecutor() as pool:
             return decode(plain, find, has_classes=has_classes)
+
+    def _pieces(self) -> dict[str, list[Piece]]:
+        """The pieces of sharded tensors, of all ranks, by name."""
+        found = dict[str, list[Piece]]()
+        for group, tree in self.record["trees"].items():
+            shards = tree.get("shards", {}) if type(tree) is dict else {}
+            if group.startswith("rank_") and shards:
+                own = decode(
+                    shards, lambda _, file, name, *__: self.tensors[file][name]
+                )
+                for name, piece in own.items():
+                    found.setdefault(name, []).extend([] if piece is None else [piece])
+        return found
 
 
 def read_checkpoint(

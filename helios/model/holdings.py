@@ -16,6 +16,7 @@ from torch import nn
 from helios import rng
 from helios.engine import inner_optimizer, is_scheduler
 from helios.errors import ResumeError
+from helios.sharding import all_like, is_sharded, like
 
 Unwrap: TypeAlias = Callable[[nn.Module], nn.Module]
 
@@ -35,6 +36,17 @@ class Holdings:
         found = [p for net in self.networks.values() for p in net.parameters()]
         found += self.parameters.values()
         return list({id(p): p for p in found}.values())
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What the networks save besides their parameters, by path: live tensors."""
+        found = {}
+        for path, net in self.networks.items():
+            names = {name for name, _ in net.named_parameters(remove_duplicate=False)}
+            for name, value in net.state_dict().items():
+                is_buffer = isinstance(value, torch.Tensor) and name not in names
+                if is_buffer and not name.endswith("_extra_state"):
+                    found[f"{path}.{name}"] = value
+        return found
 
     def has_strangers(self) -> bool:
         """Whether an optimizer trains what no attribute holds, and so is not saved."""
@@ -110,9 +122,23 @@ def _set(value: Any, state: Any) -> None:
     else:
         if isinstance(value, nn.Module) and type(state) is dict:  # from elsewhere
             state = _with_tied(value, state)
+        if isinstance(value, nn.Module) and any(map(is_sharded, value.parameters())):
+            state = all_like(value.state_dict(), state)
+        if isinstance(value, torch.optim.Optimizer):
+            state = _cut(inner_optimizer(value), state)
         value.load_state_dict(state)
     if isinstance(value, torch.optim.Optimizer):
         _keep_dtypes(inner_optimizer(value), state["state"])
+
+
+def _cut(optimizer: Any, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Cut what belongs to a sharded parameter as that is cut."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    entries = {
+        index: {name: like(parameters[index], v) for name, v in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
 
 
 def _with_tied(network: nn.Module, state: Mapping[str, Any]) -> Mapping[str, Any]:

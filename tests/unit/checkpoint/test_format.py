@@ -57,6 +57,9 @@ def training() -> dict[str, Any]:
     }
 
 
+PIECES = {"training.newest": [torch.arange(6.0)[:4].reshape(2, 2), torch.ones(1, 2)]}
+
+
 def laid_out() -> dict[str, Any]:
     """What has its layout since format 2."""
     image = torch.arange(24.0).reshape(1, 2, 3, 4)
@@ -74,6 +77,8 @@ def test_fixture_of_each_format_is_read(number: int) -> None:
     found = checkpoint.tree("training")
     assert list(differences(training(), found, "training")) == []
     assert found["tied"][0] is found["tied"][1]
+    if number >= 3:
+        assert checkpoint.tree("newest").equal(torch.cat(PIECES["training.newest"]))
     if number >= 2:
         newer = checkpoint.tree("newer", own=True)
         assert newer.pop("marked").equal(found["tied"][0])
@@ -91,6 +96,13 @@ def write(root: pathlib.Path) -> None:
     # As if it had been on a GPU, which not every machine has.
     file, name = trees["training"]["tied"][0]["v"]
     newer["marked"] = {"$": "tensor", "v": [file, name, "cuda"]}
+    # As if two ranks had shared it out.
+    payload = ["training.newest", [3, 2], 0, "torch.float32"]
+    trees["newest"] = {"$": "sharded", "v": payload}
+    for rank in range(2):
+        own = {name: [2 * rank, found[rank]] for name, found in PIECES.items()}
+        file = f"rank_{rank}"
+        trees[file] = encoder.encode({"shards": own}, file=file)
     folder, files = store.begin(f"format_{FORMAT}"), dict[str, Any]()
     for group, tensors in encoder.files.items():
         files |= store.write_group(folder, group, tensors, encoder.aliases[group])
