@@ -73,6 +73,7 @@ class Engine:
                     sync_with_dataloader=False,
                 ),
             )
+        _refuse_what_cannot_be_saved(accelerator)
         self.accelerator = accelerator
         self.device: torch.device = accelerator.device
         self.rank: int = accelerator.process_index
@@ -100,11 +101,6 @@ class Engine:
         self.scaler: Any = accelerator.scaler
         #: Whether the ranks share the networks' weights out: FSDP2.
         self.is_sharded: bool = getattr(accelerator, "is_fsdp2", False)
-        if accelerator.distributed_type is DistributedType.FSDP and not self.is_sharded:
-            raise LaunchError(
-                "FSDP is asked for in its first version, which Helios cannot save; set "
-                "`fsdp_version` to 2"
-            )
         self._is_plain = accelerator.distributed_type in map(DistributedType, _PLAIN)
         self._is_bare = (
             self._is_plain and self.scaler is None and self.accumulation_steps == 1
@@ -327,6 +323,26 @@ class Engine:
         self.accelerator.sync_gradients = True
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def _refuse_what_cannot_be_saved(accelerator: Accelerator) -> None:
+    kind = accelerator.distributed_type
+    if kind is DistributedType.FSDP and not getattr(accelerator, "is_fsdp2", False):
+        raise LaunchError(
+            "FSDP is asked for in its first version, which Helios cannot save; set "
+            "`fsdp_version` to 2"
+        )
+    if kind not in (*map(DistributedType, _PLAIN), DistributedType.FSDP):
+        raise LaunchError(
+            f"{kind.value} holds weights and optimizers where Helios cannot save them; "
+            "use FSDP, with `fsdp_version` 2, or DDP"
+        )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    if parallel is not None and parallel.non_data_parallel_size > 1:
+        raise LaunchError(
+            "tensor, context and sequence parallelism give several ranks the same "
+            f"samples, which Helios does not: got {parallel}; use FSDP or DDP"
+        )
 
 
 def _settle_buckets(net: Any) -> None:

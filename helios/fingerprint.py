@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,19 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
+
+
+def disagreements(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not the same on all ranks, in words, by the facts of each rank."""
+    found = []
+    for name in dict.fromkeys(name for facts in ranks for name in facts):
+        values = [facts.get(name) for facts in ranks]
+        other = next((r for r, value in enumerate(values) if value != values[0]), 0)
+        if other:
+            found.append(
+                f"`{name}` is {values[0]} on rank 0 and {values[other]} on rank {other}"
+            )
+    return found
 
 
 def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Cost]:

@@ -187,6 +187,7 @@ class Trainer:
                 )
             rng.seed_rngs(rng.derive_key(self.seed, engine.rank) % 2**63)
         session = self._make_session(engine, model, datamodule)
+        self._check_ranks(session, datamodule)
         was_resumed = session.restore(self.resume, allow_inexact=self.allow_inexact)
         step = session.state.current_iteration
         self._open_logs(session, purge_step=step + 1 if step else 0)
@@ -254,6 +255,22 @@ class Trainer:
         )
         self._session.stop_reason = self._stop_reason
         return self._session
+
+    def _check_ranks(self, session: Session, datamodule: DataModule) -> None:
+        """Raise a LaunchError where the ranks do not run the same; all must call."""
+        facts = {"random_seed": self.seed, **vars(session.schedule)}
+        facts |= session.identity["train_data"]
+        for number, phase in enumerate(datamodule._phases()):
+            if phase.params.is_distributed is False:  # each rank has data of its own
+                facts.pop(f"samples of phase {number}", None)
+        facts.pop("samples of `train_dataloader`", None)  # likewise, perhaps
+        found = fingerprint.disagreements(session.engine.gather_objects(facts))
+        if found:
+            lines = "\n  ".join(found)
+            raise LaunchError(
+                f"the ranks do not agree:\n  {lines}\nstart all of them with the same "
+                "program, arguments and data"
+            )
 
     def _make_schedule(self, accumulation_steps: int) -> Schedule:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Schedule)}

@@ -4,6 +4,8 @@ import re
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
+from accelerate.utils import DistributedType
 from support import (
     IdModel,
     IndexData,
@@ -514,3 +516,20 @@ def test_scaler_of_another_precision_is_refused():
     with pytest.raises(ValueError, match=r"set `.*mixed_precision"):
         fit(Old(), IndexData())
     assert fit(Old(), IndexData(), mixed_precision="fp16")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("distributed_type", DistributedType.DEEPSPEED, "DEEPSPEED holds weights"),
+        ("distributed_type", DistributedType.FSDP, "set `fsdp_version` to 2"),
+        ("parallelism_config", ParallelismConfig(cp_size=2), "tensor, context and"),
+    ],
+)
+def test_ways_to_share_work_out_that_cannot_be_saved_are_refused(
+    monkeypatch, accelerator, name, value, message
+):
+    # As if it had been started so, which takes GPUs, or packages that are not here.
+    monkeypatch.setitem(accelerator.state._shared_state, name, value)
+    with pytest.raises(LaunchError, match=message):
+        train(RandomModel(), RandomData(), None, accelerator=accelerator, total_steps=1)

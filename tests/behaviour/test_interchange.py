@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -71,17 +69,6 @@ class Ported(helios.Model):
 class Data(helios.DataModule):
     def setup(self):
         self._add_train_phase(dataset(), {"batch_size": 4})
-
-
-@pytest.fixture
-def accelerator():
-    def reset():
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-
-    reset()
-    yield Accelerator(cpu=True)
-    reset()
 
 
 def with_accelerate(accelerator, save_to=None, load_from=None, save_at=8, is_safe=True):
