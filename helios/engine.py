@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import (
     DistributedType,
     GradientAccumulationPlugin,
+    broadcast_object_list,
     gather_object,
     recursively_apply,
     send_to_device,
@@ -296,6 +297,10 @@ class Engine:
     def gather_objects(self, value: Any) -> list[Any]:
         """One picklable value of every rank, in rank order; every rank must call."""
         return [value] if self.world_size == 1 else list(gather_object([value]))
+
+    def broadcast(self, value: Any, rank: int = 0) -> Any:
+        """A picklable value of one rank, for all; every rank must call."""
+        return broadcast_object_list([value], from_process=rank)[0]
 
     def barrier(self) -> None:
         """Wait for all ranks; every rank must call."""

@@ -175,17 +175,24 @@ class Saver:
                 folder = self.store.begin(name, size_bytes=sum(sizes))
             except OSError as error:
                 failure = error
-        folder = engine.gather_objects(folder)[0]
+        folder = engine.broadcast(folder)
         if folder is None:
             self._report(failure)
             return
+        folder = self.store.root / folder.name  # as it is called on this host
         files = self._background.snapshot(encoder.files)
         # The other ranks' files are small: they are written at once, so that the main
-        # rank can finish alone, in the background.
+        # rank can finish alone, in the background. It writes those of the ranks that
+        # do not see the folder, one after the other, as gradients may be among them.
         entries = dict[str, Any]()
-        if not engine.is_main:
+        for rank, sees_it in enumerate(engine.gather_objects(folder.is_dir())):
+            tensors: Any = files[own] if rank == engine.rank else None
+            if not sees_it:
+                tensors = engine.broadcast(tensors, rank)
+            if rank == 0 or engine.rank != (rank if sees_it else 0):
+                continue
             try:
-                entries = self.store.write_group(folder, own, files[own])
+                entries |= self.store.write_group(folder, f"rank_{rank}", tensors)
             except OSError as error:
                 failure = OSError(f"on rank {engine.rank}: {error}")
         ranks = engine.gather_objects((own, trees[own], entries, failure))

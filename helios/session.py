@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,7 @@ from helios import fingerprint, rng
 from helios.bars import reading
 from helios.callbacks.base import Callback, overridden
 from helios.checkpoint import Checkpoint, CheckpointStore, Encoder, read_checkpoint
+from helios.checkpoint.reading import RECORD, read_record
 from helios.engine import Engine
 from helios.errors import CheckpointError, CheckpointNotFoundError, ResumeError
 from helios.fingerprint import Cost
@@ -23,6 +26,8 @@ from helios.model.model import Model
 from helios.saving import SaveOptions, Saver
 from helios.sharding import layout_of
 from helios.state import Schedule, TrainingState
+
+_PIECE_BYTES = 1 << 26
 
 
 class Session:
@@ -68,6 +73,7 @@ class Session:
         if store is not None:
             self.saver = Saver(self, store, options or SaveOptions())
         self._restored: pathlib.Path | None = None
+        self._copies = contextlib.ExitStack()
         self._logged: dict[str, tuple[float, int]] = {}
         self._keeps: str | None = None
         self._latest: dict[str, Any] = {}
@@ -184,6 +190,8 @@ class Session:
         checkpoint = read_checkpoint(self._restored, verify=False)
         self._restored = None
         rank = self._load(checkpoint, own=True)
+        self.engine.barrier()  # the other ranks of this host have read the copy, too
+        self._copies.close()
         if rank is None:
             self.logger.warning("the checkpoint has no random numbers of %s", self._own)
             return
@@ -206,17 +214,40 @@ class Session:
         if resume == "never":
             return None
         if resume not in ("auto", "must"):
-            return pathlib.Path(resume)
+            return self._reach(pathlib.Path(resume))
         found = None
         if self._store is not None and self.engine.is_main:
             found = self._store.find_last(self.logger.warning, self._reading)
-        found = self.engine.gather_objects(found)[0]
+        found = self.engine.broadcast(found)  # the main rank has verified it
         if found is None and resume == "must":
             raise CheckpointNotFoundError(
                 '`resume` is "must", and `chkpt_root` has no whole checkpoint of '
                 f'{self._model.save_name!r}; "auto" starts afresh where there is none'
             )
-        return found
+        if self._store is None or found is None:
+            return None
+        return self._reach(self._store.root / found.name)
+
+    def _reach(self, path: pathlib.Path) -> pathlib.Path:
+        """The checkpoint; on a host that has not the main rank's, a copy of that."""
+        engine, mark, copy = self.engine, None, None
+        with contextlib.suppress(CheckpointError):  # raised again where it is read
+            mark = read_record(path)["created"]
+        marks = engine.gather_objects(mark)
+        if marks[0] is None or marks.count(marks[0]) == len(marks):
+            return path
+        if mark != marks[0] and engine.local_rank == 0:
+            folder = tempfile.TemporaryDirectory(prefix="helios-")
+            copy = pathlib.Path(self._copies.enter_context(folder)) / path.name
+            copy.mkdir()
+        pieces = _pieces(path) if engine.is_main else iter(())
+        while (piece := engine.broadcast(next(pieces, None))) is not None:
+            if copy is not None:
+                with open(copy / piece[0], "ab") as out:
+                    out.write(piece[1])
+        copies = [made for made in engine.gather_objects(copy) if made is not None]
+        own = path if mark == marks[0] else None
+        return own or next((made for made in copies if made.exists()), path)
 
     def _read(self, path: pathlib.Path, resume: Any) -> Checkpoint:
         """Open what :meth:`_choose` gave: what it found, the main rank has verified."""
@@ -352,6 +383,7 @@ class Session:
         """End the writers, after what they have in hand."""
         if self.saver is not None:
             self.saver.finish()
+        self._copies.close()
         self._write_logs(lambda: self.writer.close())
         self.engine.close()
 
@@ -361,3 +393,11 @@ class Session:
         except OSError as error:
             self.logger.error("TensorBoard's log ends here: %s", error)
             self.writer = NullWriter()
+
+
+def _pieces(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
+    """A checkpoint's files, as names and bytes."""
+    for name in (*read_record(path)["files"], RECORD):
+        with open(path / name, "rb") as file:
+            while data := file.read(_PIECE_BYTES):
+                yield name, data

@@ -224,7 +224,8 @@ class Trainer:
     def _set_up_data(self, engine: Engine, datamodule: DataModule) -> None:
         datamodule._begin(self)
         rng.seed_rngs(self.seed)
-        if engine.is_main:
+        is_first = engine.local_rank == 0 and datamodule.prepare_data_per_host
+        if engine.is_main or is_first:
             datamodule.prepare_data()
         engine.barrier()
         rng.seed_rngs(self.seed)

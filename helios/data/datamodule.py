@@ -78,6 +78,7 @@ class DataModule(abc.ABC):
     """
 
     trainer: Trainer
+    prepare_data_per_host = False  #: for hosts that do not share the data's folder
 
     def __init__(self) -> None:
         self._train_phases: list[Dataset] = []
@@ -110,7 +111,7 @@ class DataModule(abc.ABC):
         return getattr(self._test_dataset, "dataset", None)
 
     def prepare_data(self) -> None:
-        """Download or convert: called once, on the main rank, before :meth:`setup`."""
+        """Download or convert: once, on the main rank (or per host), before `setup`."""
 
     @abc.abstractmethod
     def setup(self) -> None:
