@@ -1,48 +1,51 @@
 """Two hosts on this machine: network namespaces, joined by a pair of interfaces.
 
-Each has a name, an address, a disk of its own and a network to the other one, and no
-other. Both run on this machine's file system otherwise.
+Each has a name, an address, a disk of its own, and a network with the other one on it
+and nobody else. The rest of the file system is this machine's, on both.
 """
 
 import contextlib
 import os
-import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
+PORT = 29500  # for the job: nobody else is on that network
 _TIMEOUT_S = 30
 _INTERFACE = "eth0"
-# A host's own name and disk are seen by its processes alone.
+# A host's name and its disk are seen by its own processes alone.
 _ENTER = """
 hostname "$1" && mount --bind "$2/hosts" /etc/hosts &&
 mount --bind "$2/disk_of_$1" "$2/disk" && shift 2 && exec "$@"
 """
-_FREE_PORT = "import socket; s = socket.create_server(('', 0)); "
-_FREE_PORT += "print(s.getsockname()[1])"
 
 
-def _ip(*words):
+def _run(*command):
     done = subprocess.run(
-        ["ip", *words], capture_output=True, text=True, timeout=_TIMEOUT_S
+        command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
     )
     if done.returncode:
-        raise OSError(f"ip {' '.join(words)}: {done.stderr.strip()}")
+        raise OSError(f"{' '.join(map(str, command))}: {done.stderr.strip()}")
     return done.stdout
 
 
 class Host:
-    """One of the two; ``disk`` is the same path on both, and another folder on each."""
+    """One of the two.
+
+    ``folder`` is seen by both; ``disk``, in it, is another folder on each of them,
+    which the test finds at ``own_disk``.
+    """
 
     def __init__(self, folder, number):
         self.name, self.address = f"host{number}", f"10.0.0.{number + 1}"
+        # Unlike those of other tests that run at the same time.
         self.namespace = f"helios-{os.getpid()}-{time.monotonic_ns()}-{number}"
         self.folder, self.disk = folder, folder / "disk"
-        self.own_disk = folder / f"disk_of_{self.name}"  # as others see it
+        self.own_disk = folder / f"disk_of_{self.name}"
+        self._started = []
 
     def command(self, *command):
         """The command that runs another one on this host."""
@@ -50,100 +53,85 @@ class Host:
         return [*enter, "sh", "-c", _ENTER, "sh", self.name, self.folder, *command]
 
     def start(self, *command, env):
-        """Start a command here, with its output in a file: a pipe could be left open
-        by a process that outlives it."""
-        output = open(self.folder / f"output_of_{self.name}", "w+")  # noqa: SIM115
-        process = subprocess.Popen(
-            self.command(*command),
-            env={**env, "GLOO_SOCKET_IFNAME": _INTERFACE},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        process.output = output
-        return process
+        """Start a command on this host, for :meth:`end`."""
+        # In a file: what outlives the command would keep a pipe open.
+        number = len(self._started)
+        with open(self.folder / f"output_{number}_of_{self.name}", "w") as output:
+            process = subprocess.Popen(
+                self.command(*command),
+                env={**env, "GLOO_SOCKET_IFNAME": _INTERFACE},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._started.append((process, output.name))
 
-    def free_port(self):
-        found = subprocess.run(
-            self.command(sys.executable, "-c", _FREE_PORT),
-            stdout=subprocess.PIPE,
-            check=True,
-            timeout=_TIMEOUT_S,
-        )
-        return int(found.stdout)
+    def end(self, timeout_s):
+        """Wait for what was started last; its exit status and its output."""
+        process, path = self._started[-1]
+        try:
+            code = process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        with open(path, errors="replace") as file:
+            output = file.read()
+        assert code is not None, f"no end after {timeout_s} s:\n{output}"
+        return code, output
 
     def kill(self):
-        """Lose the host: every process on it, at once and without a warning."""
+        """Lose the host: all that runs on it, at once and without a warning."""
         until = time.monotonic() + _TIMEOUT_S
-        while pids := _ip("netns", "pids", self.namespace).split():
+        while pids := _run("ip", "netns", "pids", self.namespace).split():
             for pid in map(int, pids):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            for process, _ in self._started:
+                process.poll()  # no longer there, once it is reaped
             assert time.monotonic() < until, pids
             time.sleep(0.01)
+        for process, _ in self._started:
+            process.wait(_TIMEOUT_S)
 
     def set_link(self, state):
-        """Let the network be "up" or "down"."""
-        _ip("-n", self.namespace, "link", "set", _INTERFACE, state)
-
-
-def end(process, timeout_s):
-    """Wait for a process of a host; its exit status and output."""
-    try:
-        code = process.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        code = None
-    process.output.seek(0)
-    output = process.output.read()
-    assert code is not None, f"no end after {timeout_s} s:\n{output}"
-    process.output.close()
-    return code, output
+        """Let this host's network be "up" or "down"."""
+        _run("ip", "-n", self.namespace, "link", "set", _INTERFACE, state)
 
 
 def _join(hosts):
     for host in hosts:
-        _ip("netns", "add", host.namespace)
-    words = ["link", "add", _INTERFACE, "netns", hosts[0].namespace, "type", "veth"]
-    _ip(*words, "peer", "name", _INTERFACE, "netns", hosts[1].namespace)
+        _run("ip", "netns", "add", host.namespace)
+    one, other = (["name", _INTERFACE, "netns", host.namespace] for host in hosts)
+    _run("ip", "link", "add", *one, "type", "veth", "peer", *other)
     for host in hosts:
-        inside = ("-n", host.namespace)
-        _ip(*inside, "address", "add", f"{host.address}/24", "dev", _INTERFACE)
-        _ip(*inside, "link", "set", "lo", "up")
+        inside = ["ip", "-n", host.namespace]
+        _run(*inside, "address", "add", f"{host.address}/24", "dev", _INTERFACE)
+        _run(*inside, "link", "set", "lo", "up")
         host.set_link("up")
+        _run(*host.command("true"))
 
 
 @contextlib.contextmanager
-def two_hosts(folder: pathlib.Path):
-    """Two hosts, and nothing of them afterwards; skips where they cannot be made.
-
-    ``folder`` is what both see; ``folder / "disk"`` is each one's own.
-    """
+def two_hosts(folder):
+    """Two hosts, and nothing of them afterwards; skips where they cannot be made."""
     if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
+        pytest.skip("two hosts need network namespaces, and those need root")
     for program in ("ip", "unshare", "mount", "hostname"):
         if shutil.which(program) is None:
-            pytest.skip(f"there is no `{program}` here")
+            pytest.skip(f"two hosts need the program `{program}`")
     hosts = [Host(folder, number) for number in range(2)]
-    for path in (folder / "disk", *(host.own_disk for host in hosts)):
-        path.mkdir(parents=True, exist_ok=True)
+    for path in (hosts[0].disk, *(host.own_disk for host in hosts)):
+        path.mkdir(parents=True)
     lines = [f"{host.address} {host.name}\n" for host in hosts]
     (folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
     try:
         try:
             _join(hosts)
-            subprocess.run(
-                hosts[0].command("true"),
-                check=True,
-                timeout=_TIMEOUT_S,
-                capture_output=True,
-            )
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", None) or error
-            pytest.skip(f"this machine gives no network namespaces: {why}")
+        except OSError as error:
+            pytest.skip(f"two hosts cannot be made here: {error}")
         yield hosts
     finally:
-        made = {line.split()[0] for line in _ip("netns", "list").splitlines()}
+        made = {line.split()[0] for line in _run("ip", "netns").splitlines()}
         for host in hosts:
             if host.namespace in made:
                 host.kill()
-                _ip("netns", "delete", host.namespace)  # the interfaces go with it
+                _run("ip", "netns", "delete", host.namespace)  # and its interface
