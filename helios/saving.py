@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -179,22 +180,19 @@ class Saver:
         if folder is None:
             self._report(failure)
             return
-        folder = self.store.root / folder.name  # as it is called on this host
         files = self._background.snapshot(encoder.files)
         # The other ranks' files are small: they are written at once, so that the main
         # rank can finish alone, in the background. It writes those of the ranks that
         # do not see the folder, one after the other, as gradients may be among them.
         entries = dict[str, Any]()
-        for rank, sees_it in enumerate(engine.gather_objects(folder.is_dir())):
-            tensors: Any = files[own] if rank == engine.rank else None
-            if not sees_it:
-                tensors = engine.broadcast(tensors, rank)
-            if rank == 0 or engine.rank != (rank if sees_it else 0):
-                continue
-            try:
-                entries |= self.store.write_group(folder, f"rank_{rank}", tensors)
-            except OSError as error:
-                failure = OSError(f"on rank {engine.rank}: {error}")
+        for rank, sees_it in enumerate(engine.gather_objects(os.path.isdir(folder))):
+            mine = files.get(f"rank_{rank}")
+            tensors: Any = mine if sees_it else engine.broadcast(mine, rank)
+            if rank > 0 and engine.rank == (rank if sees_it else 0):
+                try:
+                    entries |= self.store.write_group(folder, f"rank_{rank}", tensors)
+                except OSError as error:
+                    failure = OSError(f"on rank {engine.rank}: {error}")
         ranks = engine.gather_objects((own, trees[own], entries, failure))
         failures = [found for *_, found in ranks if found is not None]
         if failures:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -224,30 +225,28 @@ class Session:
                 '`resume` is "must", and `chkpt_root` has no whole checkpoint of '
                 f'{self._model.save_name!r}; "auto" starts afresh where there is none'
             )
-        if self._store is None or found is None:
-            return None
-        return self._reach(self._store.root / found.name)
+        return None if found is None else self._reach(found)
 
     def _reach(self, path: pathlib.Path) -> pathlib.Path:
         """The checkpoint; on a host that has not the main rank's, a copy of that."""
-        engine, mark, copy = self.engine, None, None
+        engine, record, copy = self.engine, dict[str, Any](), None
         with contextlib.suppress(CheckpointError):  # raised again where it is read
-            mark = read_record(path)["created"]
-        marks = engine.gather_objects(mark)
-        if marks[0] is None or marks.count(marks[0]) == len(marks):
+            record = read_record(path)
+        marks = engine.gather_objects(record.get("created"))
+        if marks[0] is None or set(marks) == {marks[0]}:
             return path
-        if mark != marks[0] and engine.local_rank == 0:
-            folder = tempfile.TemporaryDirectory(prefix="helios-")
-            copy = pathlib.Path(self._copies.enter_context(folder)) / path.name
-            copy.mkdir()
-        pieces = _pieces(path) if engine.is_main else iter(())
-        while (piece := engine.broadcast(next(pieces, None))) is not None:
-            if copy is not None:
-                with open(copy / piece[0], "ab") as out:
-                    out.write(piece[1])
-        copies = [made for made in engine.gather_objects(copy) if made is not None]
-        own = path if mark == marks[0] else None
-        return own or next((made for made in copies if made.exists()), path)
+        has_it = record.get("created") == marks[0]
+        if not has_it and engine.local_rank == 0:
+            folder = tempfile.TemporaryDirectory(prefix=f"{path.name}-")
+            copy = pathlib.Path(self._copies.enter_context(folder))
+        for name in engine.broadcast([*record.get("files", ()), RECORD]):
+            source = path / name if engine.is_main else os.devnull
+            target = os.devnull if copy is None else copy / name
+            with open(source, "rb") as read, open(target, "wb") as written:
+                while piece := engine.broadcast(read.read(_PIECE_BYTES)):
+                    written.write(piece)
+        copies = [path if has_it else None, *engine.gather_objects(copy)]
+        return next((one for one in copies if one is not None and one.exists()), path)
 
     def _read(self, path: pathlib.Path, resume: Any) -> Checkpoint:
         """Open what :meth:`_choose` gave: what it found, the main rank has verified."""
@@ -393,11 +392,3 @@ class Session:
         except OSError as error:
             self.logger.error("TensorBoard's log ends here: %s", error)
             self.writer = NullWriter()
-
-
-def _pieces(path: pathlib.Path) -> Iterator[tuple[str, bytes]]:
-    """A checkpoint's files, as names and bytes."""
-    for name in (*read_record(path)["files"], RECORD):
-        with open(path / name, "rb") as file:
-            while data := file.read(_PIECE_BYTES):
-                yield name, data

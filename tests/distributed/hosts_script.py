@@ -33,7 +33,7 @@ class NetModel(helios.Model):
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.drawn.append(torch.rand(1).item())
-        self.copies = len(list(pathlib.Path(tempfile.gettempdir()).glob("helios-*")))
+        self.copies = len(list(pathlib.Path(tempfile.gettempdir()).glob("net_epoch_*")))
 
     def test_step(self, batch, step):
         pass

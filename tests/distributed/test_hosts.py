@@ -72,7 +72,7 @@ def run(hosts, launcher, root, **options):
         assert code == 0, output
         outputs.append(output)
     folder = hosts[0].folder
-    assert list((folder / "temporary").glob("helios-*")) == []
+    assert list((folder / "temporary").glob("net_epoch_*")) == []
     paths = [folder / f"rank_{rank}.json" for rank in range(4)]
     return [json.loads(path.read_text()) for path in paths], outputs
 
@@ -81,9 +81,10 @@ def lose(hosts, launcher, root, lose_it, **options):
     """Run the job until a host is lost; the seconds after which all of it has ended."""
     start(hosts, launcher, root, waits=True, **options)
     folder, until = hosts[0].folder, time.monotonic() + TIMEOUT_S
-    while len(list(folder.glob("waits_*"))) < 4 and time.monotonic() < until:
+    while len(list(folder.glob("waits_*"))) < 4:
+        assert all(host.is_running() for host in hosts), [h.end(0) for h in hosts]
+        assert time.monotonic() < until
         time.sleep(0.02)
-    assert len(list(folder.glob("waits_*"))) == 4
     lose_it()
     (folder / "go").touch()
     lost_s = time.monotonic()

@@ -66,6 +66,10 @@ class Host:
             )
         self._started.append((process, output.name))
 
+    def is_running(self):
+        """Whether what was started last has not ended."""
+        return self._started[-1][0].poll() is None
+
     def end(self, timeout_s):
         """Wait for what was started last; its exit status and its output."""
         process, path = self._started[-1]
