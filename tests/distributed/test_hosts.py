@@ -140,9 +140,11 @@ def test_host_without_the_folder_is_killed_and_the_same_command_goes_on(hosts, w
     logs = ["logs/run.rank_2.log", "logs/run.rank_3.log"]
     assert files(other) == [*logs, "prepared"]
     assert [(d / "prepared").read_text() for d in (disk, other)] == ["0\n", "2\n"]
-    # An earlier run of that name has left another checkpoint there.
+    # An earlier run has left another checkpoint of that name there.
     shutil.copytree(disk / folder, other / folder)
-    shutil.copy(disk / folder / "rank_1.safetensors", other / folder)
+    shutil.copy(
+        disk / folder / "rank_1.safetensors", other / folder / "rank_2.safetensors"
+    )
     created = datetime.now(UTC)
     CheckpointStore(other / folder.parent).amend(other / folder, created=created)
     found, outputs = run(hosts, torchrun, root, per_host=True)

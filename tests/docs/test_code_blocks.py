@@ -73,7 +73,7 @@ def test_commands_of_a_page_exist(page: Path) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     asked = MAKE.findall(page.read_text())
     for block in blocks(page, "sh", "bash", "shell", "console"):
-        for line in block.splitlines():
+        for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words[:1] == ["make"]:
                 asked += [word for word in words[1:] if "=" not in word]
