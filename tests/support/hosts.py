@@ -32,6 +32,28 @@ def _run(*command):
     return done.stdout
 
 
+def _kill_all(namespace):
+    """Kill what runs in a namespace; what is killed is in none any more."""
+    until = time.monotonic() + _TIMEOUT_S
+    while pids := _run("ip", "netns", "pids", namespace).split():
+        for pid in map(int, pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert time.monotonic() < until, pids
+        time.sleep(0.01)
+
+
+def _namespaces():
+    """The namespaces of such hosts, and the process of the tests that made each."""
+    names = [line.split()[0] for line in _run("ip", "netns").splitlines()]
+    return {n: int(n.split("-")[2]) for n in names if n.startswith("helios-tests-")}
+
+
+def _remove(namespace):
+    _kill_all(namespace)
+    _run("ip", "netns", "delete", namespace)  # and its interface
+
+
 class Host:
     """One of the two.
 
@@ -42,7 +64,7 @@ class Host:
     def __init__(self, folder, number):
         self.name, self.address = f"host{number}", f"10.0.0.{number + 1}"
         # Unlike those of other tests that run at the same time.
-        self.namespace = f"helios-{os.getpid()}-{time.monotonic_ns()}-{number}"
+        self.namespace = f"helios-tests-{os.getpid()}-{time.monotonic_ns()}-{number}"
         self.folder, self.disk = folder, folder / "disk"
         self.own_disk = folder / f"disk_of_{self.name}"
         self._started = []
@@ -84,15 +106,7 @@ class Host:
 
     def kill(self):
         """Lose the host: all that runs on it, at once and without a warning."""
-        until = time.monotonic() + _TIMEOUT_S
-        while pids := _run("ip", "netns", "pids", self.namespace).split():
-            for pid in map(int, pids):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for process, _ in self._started:
-                process.poll()  # no longer there, once it is reaped
-            assert time.monotonic() < until, pids
-            time.sleep(0.01)
+        _kill_all(self.namespace)
         for process, _ in self._started:
             process.wait(_TIMEOUT_S)
 
@@ -122,6 +136,10 @@ def two_hosts(folder):
     for program in ("ip", "unshare", "mount", "hostname"):
         if shutil.which(program) is None:
             pytest.skip(f"two hosts need the program `{program}`")
+    for namespace, pid in _namespaces().items():
+        if not os.path.exists(f"/proc/{pid}"):  # tests that were killed left it behind
+            with contextlib.suppress(OSError):  # others remove it, too
+                _remove(namespace)
     hosts = [Host(folder, number) for number in range(2)]
     for path in (hosts[0].disk, *(host.own_disk for host in hosts)):
         path.mkdir(parents=True)
@@ -134,8 +152,7 @@ def two_hosts(folder):
             pytest.skip(f"two hosts cannot be made here: {error}")
         yield hosts
     finally:
-        made = {line.split()[0] for line in _run("ip", "netns").splitlines()}
         for host in hosts:
-            if host.namespace in made:
+            if host.namespace in _namespaces():
                 host.kill()
-                _run("ip", "netns", "delete", host.namespace)  # and its interface
+                _remove(host.namespace)
