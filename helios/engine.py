@@ -29,6 +29,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
+from helios.buckets import settle_buckets
 from helios.errors import LaunchError
 
 #: Where a torch optimizer does its own work, unless there is a scaler.
@@ -175,7 +176,7 @@ class Engine:
             self._put_in_window(out[id(optimizer)])
         self._networks = [net for net in out.values() if isinstance(net, nn.Module)]
         for net in self._networks if self.world_size > 2 else []:
-            _settle_buckets(getattr(net, "_orig_mod", net))
+            settle_buckets(getattr(net, "_orig_mod", net))
         for scheduler in [] if self._is_bare else schedulers:
             own = getattr(scheduler, "optimizer", None)
             drivers = [out[id(o)] for o in optimizers if own in (o, None)]
@@ -348,22 +349,6 @@ def _refuse_what_cannot_be_saved(accelerator: Accelerator) -> None:
             "tensor, context and sequence parallelism give several ranks the same "
             f"samples, which Helios does not: got {parallel}; use FSDP or DDP"
         )
-
-
-def _settle_buckets(net: Any) -> None:
-    """Give each gradient its place for good; every rank must call.
-
-    DDP arranges the gradients anew after its first backward, as they came. With three
-    ranks and more, that changes the order in which their sums are made, and so the
-    bits of a resumed run's first step. A backward of nothing takes that step's place.
-    """
-    is_plain = isinstance(net, nn.parallel.DistributedDataParallel)
-    if not is_plain or net.find_unused_parameters or net.static_graph:
-        return  # the former keeps the first order, the latter takes it from the step
-    net.reducer.prepare_for_backward([])
-    for parameter in reversed([p for p in net.parameters() if p.requires_grad]):
-        torch.autograd.backward(parameter, torch.zeros_like(parameter))
-    net.zero_grad()
 
 
 def _kinds_beside_tensors(values: Any) -> set[str]:

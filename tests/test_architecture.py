@@ -43,6 +43,7 @@ LAYERS = {
     "sharding": 1,
     "signals": 1,
     "bars": 1,
+    "buckets": 1,
     "background": 1,
     "workers": 1,
     "data.permutation": 1,
