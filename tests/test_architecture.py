@@ -15,7 +15,8 @@ FILE_LIMIT_LINES = 400
 # Each part by itself: "library" is all that has no limit of its own, and stays a thin
 # adapter. The data are long because every kind of data set needs a way in, checkpoints
 # because of what can be stored, tensors that are shared out over ranks among it;
-# launching is another program's work, before a run; no training imports the last two.
+# launching is another program's work, before a run; no training imports the last three.
+# Porting reads other programs' text, and needs nothing of the library.
 LIMITS_LINES = {
     "library": 2900,
     "data": 2400,
@@ -26,6 +27,7 @@ LIMITS_LINES = {
     "cli": 400,
     "testing": 400,
     "interchange": 350,
+    "porting": 560,
 }
 
 # A module may import modules of its own layer and of those below. The longest
@@ -87,6 +89,7 @@ LAYERS = {
     "trainer": 5,
     # the command; what users' tests call
     "cli": 6,
+    "porting": 6,
     "testing": 6,
 }
 

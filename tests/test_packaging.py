@@ -29,7 +29,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert "helios/py.typed" in names
+    assert {"helios/py.typed", "helios/porting/table.toml"} <= set(names)
     assert {n.split("/")[0].split("-")[0] for n in names} == {"helios", "helios_ml"}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "helios").rglob("*.py")}
     assert {n for n in names if n.endswith(".py")} == sources

@@ -5,6 +5,7 @@ import click
 from helios._version import __version__
 from helios.cli.checkpoint import checkpoint
 from helios.cli.env import env
+from helios.porting.command import port
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -15,3 +16,4 @@ def main() -> None:
 
 main.add_command(checkpoint)
 main.add_command(env)
+main.add_command(port)

@@ -1,0 +1,530 @@
+"""What `helios port` finds in scripts: uses, traps, and no false alarms."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import helios
+from helios.cli import main
+from helios.porting import TRAPS, USES, read_script
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {p.stem: p for p in (ROOT / "tests/fixtures/accelerate_scripts").glob("*.py")}
+HEAD = """\
+import random
+import numpy as np
+import torch
+import torch.optim.lr_scheduler as lrs
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch.utils.data import DataLoader, Dataset
+"""
+LOOP = """
+accelerator = Accelerator()
+model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(data))
+for step, batch in enumerate(loader):
+    loss = model(batch)
+    accelerator.backward(loss)
+    optimizer.step()
+    {}
+"""
+WINDOW = """
+accelerator = Accelerator(gradient_accumulation_steps={})
+model, loader = accelerator.prepare(model, DataLoader(data))
+for step, batch in enumerate(loader):
+    with accelerator.accumulate(model):
+        accelerator.backward(model(batch))
+        {}
+        optimizer.step()
+"""
+SCHEDULE = """
+loader = DataLoader(data)
+{}
+optimizer, loader, scheduler = accelerator.prepare(optimizer, loader, scheduler)
+for epoch in range(9):
+    for batch in loader:
+        accelerator.backward(model(batch))
+        scheduler.step()
+"""
+SHUFFLE = """
+accelerator = Accelerator({})
+loader = accelerator.prepare(DataLoader(data, {}))
+{}
+"""
+CONFIG = "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)"
+SAMPLES = """
+accelerator = Accelerator()
+class Data(Dataset):
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+    def jitter(self, x):
+        return x + torch.rand(3)
+    def __getitem__(self, index):
+        {}
+"""
+EVALUATION = """
+accelerator = Accelerator()
+model, loader = accelerator.prepare(model, DataLoader(data))
+model.eval()
+n, seen, found = 0, 0, []
+for x, y in loader:
+    with torch.no_grad():
+        out = model(x).argmax(-1)
+    {}
+{}
+"""
+
+# By trap, what has it.
+WRONG = {
+    "save-state-on-main": [
+        "a = Accelerator()\nif a.is_main_process and n % 5 == 0:\n"
+        "    a.save_state('x')",
+        "a = Accelerator()\nif a.process_index == 0:\n    a.save_state('x')",
+        "a = Accelerator()\nis_main = a.is_local_main_process\n"
+        "if not is_main:\n    sys.exit()\nelse:\n    a.save_state('x')",
+        "def save(accelerator: Accelerator):\n"
+        "    if not accelerator.is_main_process:\n        return\n"
+        "    accelerator.save_state('x')",
+        "a = Accelerator()\ndef save():\n    a.save_state('x')\n"
+        "if a.is_main_process:\n    save()",
+        "accelerator = Accelerator()\n"
+        "@accelerator.on_main_process\ndef save():\n    accelerator.save_state('x')",
+        "class Run:\n"
+        "    def __init__(self):\n        self.acc = Accelerator()\n"
+        "    def save(self):\n"
+        "        if self.acc.is_main_process:\n            self.acc.save_state('x')",
+    ],
+    "skip-first-batches": [
+        "a = Accelerator()\nfor batch in a.skip_first_batches(loader, 3):\n    pass",
+        "from accelerate import skip_first_batches as skip\nloader = skip(loader, 3)",
+    ],
+    "scheduler-per-rank": [
+        SCHEDULE.format(
+            "accelerator = Accelerator()\n"
+            "loader = accelerator.prepare(loader)\n"
+            "scheduler = lrs.OneCycleLR(optimizer, 0.1, len(loader) * 9)"
+        ),
+        "accelerator = Accelerator()\n"
+        "scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 30)\n"
+        "model, scheduler = accelerator.prepare(model, scheduler)\n"
+        "def train():\n"
+        "    for batch in loader:\n        accelerator.backward(model(batch))\n"
+        "for epoch in range(90):\n    train()\n    scheduler.step()",
+        "from transformers import get_scheduler\na = Accelerator()\n"
+        "loader = a.prepare(DataLoader(data))\ntotal = 3 * len(loader)\n"
+        "s = a.prepare_scheduler(get_scheduler('linear', optimizer, 10, total))",
+    ],
+    "shuffle-not-seedable": [
+        SHUFFLE.format("", "shuffle=True", "accelerator.save_state('x')"),
+        SHUFFLE.format(
+            "cpu=True",
+            "sampler=torch.utils.data.RandomSampler(data)",
+            "accelerator.load_state('x')",
+        ),
+        SHUFFLE.format(CONFIG, "shuffle=True", "accelerator.load_state('x')"),
+    ],
+    "late-seed": [
+        SHUFFLE.format("", "shuffle=True", "set_seed(0)"),
+        "def seed_all(n):\n    random.seed(n)\n    torch.manual_seed(n)\n"
+        "def main():\n"
+        + SHUFFLE.format("", "shuffle=True", "seed_all(1)").replace("\n", "\n    "),
+    ],
+    "random-getitem": [
+        SAMPLES.format("return random.random()"),
+        SAMPLES.format("return np.random.rand(3)"),
+        SAMPLES.format("return torch.empty(3).uniform_()"),
+        SAMPLES.format("return self.rng.normal()"),
+        SAMPLES.format("return self.jitter(1)"),
+        SAMPLES.format("generator = self.rng\n        return generator.normal()"),
+    ],
+    "clip-in-window": [
+        WINDOW.format(4, "accelerator.clip_grad_norm_(model.parameters(), 1)"),
+        WINDOW.format(4, "torch.nn.utils.clip_grad_norm_(model.parameters(), 1)"),
+        "STEPS = 2\n"
+        + WINDOW.format("STEPS", "if norm > 0: accelerator.clip_grad_value_(p, 1)"),
+    ],
+    "ungathered-metrics": [
+        EVALUATION.format("n += (out == y).sum()", "print(n / len(data))"),
+        EVALUATION.format("metric.add_batch(predictions=out, references=y)", ""),
+        EVALUATION.format("found.append(out)", "print(torch.cat(found))"),
+        "accelerator = Accelerator()\n@torch.no_grad()\ndef valid(net, batches):\n"
+        "    for x, y in batches:\n        metric.update(net(x), y)\n"
+        "valid(model, accelerator.prepare(DataLoader(data)))",
+    ],
+    "item-every-step": [
+        LOOP.format("losses.append(loss.item())"),
+        LOOP.format("bar.set_postfix(loss=float(loss.detach()))"),
+        LOOP.format("if accelerator.is_main_process: total += loss.item()"),
+        LOOP.format("mean = accelerator.gather(loss).mean()\n    print(mean.item())"),
+    ],
+}
+# By trap, what may have it.
+DOUBTFUL = {
+    "save-state-on-main": "a = Accelerator()\nif a.is_main_process or args.each:\n"
+    "    a.save_state('x')",
+    "skip-first-batches": SHUFFLE.format(
+        CONFIG,
+        "shuffle=True",
+        "loader.set_epoch(1)\nloader = accelerator.skip_first_batches(loader, 2)",
+    ),
+    "scheduler-per-rank": SCHEDULE.format(
+        "accelerator = Accelerator()\nscheduler = lrs.CosineAnnealingLR(opt, 1000)"
+    ),
+    "shuffle-not-seedable": SHUFFLE.format(
+        "dataloader_config=config()", "shuffle=True", "accelerator.load_state('x')"
+    ),
+    "clip-in-window": WINDOW.format("args.n", "accelerator.clip_grad_norm_(params, 1)"),
+    "ungathered-metrics": EVALUATION.format(
+        "found.append(accelerator.gather(out))", "print(torch.cat(found))"
+    ),
+    "item-every-step": LOOP.format(
+        "if args.verbose and accelerator.is_main_process: print(loss.item())"
+    ),
+}
+# By trap, what looks like it.
+RIGHT = {
+    "save-state-on-main": [
+        "a = Accelerator()\nif a.is_main_process:\n    print(1)\na.save_state('x')",
+        "a = Accelerator()\nif a.is_main_process:\n    a.save_model(model, 'x')",
+        "a = Accelerator()\nif step % 5 == 0:\n    a.wait_for_everyone()\n"
+        "    a.save_state('x')",
+        "import mine\na = Accelerator()\nif a.is_main_process:\n"
+        "    mine.Trainer().save_state('x')",
+    ],
+    "skip-first-batches": [
+        "a = Accelerator()\ndef skip_first_batches(loader, n):\n    return loader\n"
+        "skip_first_batches(loader, 3)",
+        "from mine import skip_first_batches\nskip_first_batches(loader, 3)",
+        "from accelerate import skip_first_batches",
+    ],
+    "scheduler-per-rank": [
+        SCHEDULE.format(
+            "accelerator = Accelerator()\n"
+            "n = len(loader) * 9\nscheduler = lrs.OneCycleLR(optimizer, 0.1, n)"
+        ),
+        SCHEDULE.format(
+            "accelerator = Accelerator(step_scheduler_with_optimizer=False)\n"
+            "scheduler = lrs.StepLR(optimizer, 30)"
+        ),
+        SCHEDULE.format(
+            "accelerator = Accelerator(split_batches=True)\n"
+            "scheduler = lrs.StepLR(optimizer, 30)"
+        ),
+        SCHEDULE.format(
+            "accelerator = Accelerator()\n"
+            "scheduler = lrs.StepLR(optimizer, 30 * accelerator.num_processes)"
+        ),
+        "a = Accelerator()\nscheduler = lrs.StepLR(optimizer, 30)\n"
+        "optimizer = a.prepare(optimizer)\nfor e in range(9):\n    scheduler.step()",
+    ],
+    "shuffle-not-seedable": [
+        SHUFFLE.format("", "shuffle=True", "print(1)"),  # nothing is resumed
+        SHUFFLE.format("", "shuffle=False", "accelerator.save_state('x')"),
+        SHUFFLE.format(
+            CONFIG, "shuffle=True", "loader.set_epoch(1)\naccelerator.save_state('x')"
+        ),
+    ],
+    "late-seed": [
+        "a = Accelerator()\nloader = DataLoader(data, shuffle=True)\n"
+        "set_seed(1)\nloader = a.prepare(loader)",
+        "set_seed(1)\n" + SHUFFLE.format("", "shuffle=True", "set_seed(2)"),
+        SHUFFLE.format("", "batch_size=2", "set_seed(2)"),
+        SHUFFLE.format("", "shuffle=True", "torch.Generator().manual_seed(2)"),
+        SHUFFLE.format("", "shuffle=True", "env.seed(2)\nnp.random.seed(2)"),
+    ],
+    "random-getitem": [
+        SAMPLES.format(
+            "rng = np.random.default_rng(index)\n        return rng.normal()"
+        ),
+        SAMPLES.format(
+            "g = torch.Generator().manual_seed(index)\n"
+            "        return torch.rand(3, generator=g)"
+        ),
+        SAMPLES.format("torch.manual_seed(index)\n        return torch.rand(3)"),
+        SAMPLES.format("return self.data[index]\nnoise = torch.rand(3)"),
+        SAMPLES.format("return random.Random(index).random()"),
+    ],
+    "clip-in-window": [
+        WINDOW.format(
+            4, "if accelerator.sync_gradients: accelerator.clip_grad_norm_(p, 1)"
+        ),
+        WINDOW.format(1, "accelerator.clip_grad_norm_(p, 1)"),
+        WINDOW.format(
+            4,
+            "if not accelerator.sync_gradients: continue\n"
+            "        accelerator.clip_grad_norm_(p, 1)",
+        ),
+        LOOP.format("accelerator.clip_grad_norm_(p, 1)"),
+    ],
+    "ungathered-metrics": [
+        EVALUATION.format(
+            "out, y = accelerator.gather_for_metrics((out, y))\n"
+            "    n += (out == y).sum()\n    seen += len(y)",
+            "",
+        ),
+        EVALUATION.format(
+            "found.append(out)", "accelerator.gather_for_metrics(torch.cat(found))"
+        ),
+        EVALUATION.format(
+            "found.append(accelerator.gather(out))", "torch.cat(found)[: len(data)]"
+        ),
+        EVALUATION.format("bar.update(1)\n    n += 1\n    t += time() - t0", ""),
+        EVALUATION.replace(
+            "model, loader = accelerator.prepare(model, ", "loader = ("
+        ).format("n += (out == y).sum()", ""),  # each rank has all samples
+        LOOP.format("n += (out == y).sum()"),
+    ],
+    "item-every-step": [
+        LOOP.format("if step % 10 == 0: print(loss.item())"),
+        LOOP.format("total += loss.detach()\nprint(total.item())"),
+        LOOP.format("if step % 10:\n        continue\n    print(loss.item())"),
+        LOOP.format("if step == last: print(float(loss))"),
+        LOOP.format("n += batch['n'].item()"),
+        LOOP.format("glossary.item()"),
+        EVALUATION.format("print(loss_of(out, y).item())", ""),
+    ],
+}
+# By trap, the script, what is replaced in it, and by what.
+MUTATIONS = {
+    "save-state-on-main": (
+        "classifier",
+        "        accelerator.save_state(",
+        "        if accelerator.is_main_process:\n            accelerator.save_state(",
+    ),
+    "skip-first-batches": (
+        "classifier",
+        "enumerate(train_loader)",
+        "enumerate(accelerator.skip_first_batches(train_loader, 2))",
+    ),
+    "scheduler-per-rank": ("gpt", "Accelerator(split_batches=True)", "Accelerator()"),
+    "shuffle-not-seedable": ("accumulation", "sampler=True", "sampler=False"),
+    "late-seed": (
+        "gan",
+        "    set_seed(7, device_specific=True)\n",
+        "",
+        "    n_steps = 0\n",
+        "    set_seed(7)\n    n_steps = 0\n",
+    ),
+    "random-getitem": ("classifier", ", generator=generator)", ")"),
+    "clip-in-window": ("accumulation", "if accelerator.sync_gradients:", "if True:"),
+    "ungathered-metrics": (
+        "gpt",
+        "self.accelerator.gather_for_metrics(repeated)",
+        "repeated",
+    ),
+    "item-every-step": ("gan", "return loss.detach()", "return loss.item()"),
+}
+
+
+def traps_of(text):
+    return [(f.name, f.is_certain) for f in read_script(text) if f.kind == "trap"]
+
+
+def cases(table):
+    return [
+        pytest.param(name, text, id=f"{name}-{number}")
+        for name, texts in table.items()
+        for number, text in enumerate([texts] if isinstance(texts, str) else texts)
+    ]
+
+
+@pytest.mark.parametrize(("name", "text"), cases(WRONG))
+def test_a_trap_is_found(name, text):
+    assert set(traps_of(HEAD + text)) - {("skip-first-batches", True)} <= {(name, True)}
+    assert (name, True) in traps_of(HEAD + text)
+
+
+@pytest.mark.parametrize(("name", "text"), cases(DOUBTFUL))
+def test_what_cannot_be_decided_may_be_a_trap(name, text):
+    assert set(traps_of(HEAD + text)) == {(name, False)}
+
+
+@pytest.mark.parametrize(("name", "text"), cases(RIGHT))
+def test_what_only_looks_like_a_trap_is_none(name, text):
+    assert traps_of(HEAD + text) == []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_right_scripts_have_no_traps(name):
+    assert traps_of(SCRIPTS[name].read_text()) == []
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_trap_is_found_in_a_whole_script(name):
+    script, *changes = MUTATIONS[name]
+    text = SCRIPTS[script].read_text()
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        assert old in text
+        text = text.replace(old, new)
+    assert {found for found, _ in traps_of(text)} == {name}
+
+
+def test_every_trap_is_tested():
+    assert set(WRONG) == set(RIGHT) == set(MUTATIONS) == set(TRAPS)
+    assert all(len(texts) >= 2 for table in (WRONG, RIGHT) for texts in table.values())
+
+
+SPELLINGS = {
+    "class": "from accelerate import Accelerator\nacc = Accelerator()\n{}",
+    "module": "import torch, accelerate as hf\nacc = hf.Accelerator()\n{}",
+    "submodule": "from accelerate.accelerator import Accelerator as A\nacc: A = A()\n"
+    "{}",
+    "parameter": "from accelerate import Accelerator\ndef f(acc: Accelerator):\n    {}",
+    "named alike": "import accelerate\nacc = accelerate.Accelerator()\n"
+    "def f(acc):\n    {}",
+    "attribute": "import accelerate\nclass T:\n    def g(self):\n        self.f()\n"
+    "    def f(self):\n        acc = self.acc\n        {}\n"
+    "    def __init__(self):\n        self.acc = accelerate.Accelerator()",
+    "argument": "import accelerate\ndef f(other):\n    acc = other\n    {}\n"
+    "f(accelerate.Accelerator())",
+    "optional": "from accelerate import Accelerator\ndef f(acc=None):\n"
+    "    acc = acc or Accelerator()\n    {}",
+    "field": "from accelerate import Accelerator\nclass T:\n"
+    "    acc: Accelerator | None\n    def f(self):\n        self.{}",
+    "late import": "def f():\n    from accelerate import Accelerator\n"
+    "    with open('x'):\n        acc = Accelerator()\n        {}",
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_an_accelerator_is_known_under_any_name(spelling):
+    text = SPELLINGS[spelling].format("acc.unwrap_model(model).f()")
+    found = {f.name: f.line for f in read_script(text)}
+    line = text[: text.index("unwrap_model")].count("\n") + 1
+    assert found["unwrap_model"] == line
+
+
+@pytest.mark.parametrize("name", USES)
+def test_every_use_is_reported_with_its_counterpart(name):
+    if name.endswith("="):
+        text = f"from accelerate import Accelerator\n\nAccelerator({name}1)"
+    elif name == "DataLoader":
+        text = f"import accelerate, torch.utils.data\n\ntorch.utils.data.{name}(x)"
+    elif name[0].isupper() or name in {"set_seed", "get_logger", "notebook_launcher"}:
+        text = f"import accelerate\n\naccelerate.utils.{name}()"
+    else:
+        text = f"import accelerate\n\nx = accelerate.Accelerator().{name}"
+    found = [f for f in read_script(text) if f.name == name]
+    assert [(f.line, f.kind, f.message) for f in found] == [(3, "use", USES[name])]
+
+
+def test_counterparts_exist():
+    model = {*dir(helios.Model), *dir(helios.DataModule)}
+    trainer = {field.name for field in dataclasses.fields(helios.Trainer)}
+    remedies = [trap["remedy"] for trap in TRAPS.values()]
+    for text in [*USES.values(), *remedies]:
+        assert set(re.findall(r"(?:self|Model|DataModule)\.(\w+)", text)) <= model, text
+        assert set(re.findall(r"Callback\.(\w+)", text)) <= {*dir(helios.Callback)}
+        for arguments in re.findall(r"Trainer\(([^()]*)", text):
+            assert set(re.findall(r"(\w+)=", arguments)) <= trainer, text
+
+
+def test_an_unknown_member_has_no_counterpart():
+    text = "import accelerate\naccelerate.Accelerator().fly()"
+    assert (
+        "no counterpart"
+        in next(f for f in read_script(text) if f.name == "fly").message
+    )
+
+
+def test_functions_that_call_one_another_without_end_are_read():
+    calls = "".join(f"def f{n}():\n    f{n + 1}()\n    f{n + 1}()\n" for n in range(40))
+    assert read_script(f"import accelerate\n{calls}def f40():\n    f0()\nf0()") == []
+
+
+def test_a_long_chain_of_calls_is_read_in_no_time():
+    chain = "x" + ".f()" * 200
+    assert read_script(f"import accelerate\ny = {chain}") == []
+
+
+# The command.
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["port", *map(str, arguments)])
+
+
+def test_the_command_names_lines_and_ends_with_0_without_traps():
+    done = run(SCRIPTS["gan"])
+    assert done.exit_code == 0
+    text = SCRIPTS["gan"].read_text()
+    line = text[: text.index("accelerator.reduce")].count("\n") + 1
+    assert f"{SCRIPTS['gan']}:{line}: reduce: " in done.output
+    assert "Traps: none known\n" in done.output
+    numbers = [int(n) for n in re.findall(r"\.py:(\d+): ", done.output)]
+    assert numbers == sorted(numbers)
+
+
+def test_the_command_ends_with_1_where_there_are_traps(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(HEAD + LOOP.format("print(loss.item())"))
+    done = run(script)
+    assert done.exit_code == 1
+    line = len(script.read_text().splitlines())
+    assert f"{script}:{line}: item-every-step: a loss is read" in done.output
+    assert "  in Helios: self.log(name, loss)" in done.output
+    assert done.output.endswith("4 names used; traps: 1, and 0 may be\n")
+    script.write_text(HEAD + DOUBTFUL["item-every-step"])
+    done = run(script)
+    assert (done.exit_code, "item-every-step: may be: " in done.output) == (1, True)
+
+
+def test_the_command_writes_json(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(HEAD + LOOP.format("print(loss.item())"))
+    done = run(script, "--json")
+    report = json.loads(done.output)
+    trap = report["findings"][-1]
+    assert (done.exit_code, report["script"]) == (1, str(script))
+    assert trap["line"] == len(script.read_text().splitlines())
+    assert (trap["kind"], trap["name"]) == ("trap", "item-every-step")
+    assert trap["is_certain"] is True
+    assert run(SCRIPTS["gan"], "--json").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"import torch\n", "does not import accelerate"),
+        (b"from accelerated import x\n", "does not import accelerate"),
+        (b"import accelerate\nfor\n", "invalid syntax"),
+        (b"import accelerate\n\xff\n", "cannot be ported"),
+        (b"import accelerate\n" + b"(" * 100000, "cannot be ported"),
+        (None, "does not exist"),
+    ],
+)
+def test_what_is_no_accelerate_script_ends_with_2(content, message, tmp_path):
+    script = tmp_path / "train.py"
+    if content is not None:
+        script.write_bytes(content)
+    done = run(script)
+    assert (done.exit_code, message in done.output) == (2, True), done.output
+
+
+def test_porting_imports_neither_torch_nor_accelerate():
+    script = (
+        "import sys; from helios.porting import read_script\n"
+        "read_script('import accelerate; accelerate.Accelerator()')\n"
+        "print([m for m in ('torch', 'accelerate', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == "[]\n"
+
+
+def test_the_page_has_the_traps_and_names_that_are_known():
+    page = (ROOT / "docs/porting.md").read_text()
+    rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert sorted(named) == sorted([*USES, *TRAPS])
