@@ -29,7 +29,7 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from helios.buckets import settle_buckets
+from helios.determinism import settle_buckets
 from helios.errors import LaunchError
 
 #: Where a torch optimizer does its own work, unless there is a scaler.
@@ -37,6 +37,8 @@ _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
 
 
 _EXIT_S = 0.2
+#: How values of several batches and ranks become one.
+REDUCTIONS = ("mean", "sum", "max", "min")
 
 
 class Engine:
@@ -242,6 +244,22 @@ class Engine:
         tensors = {k: v.to(self.device) for k, v in tensors.items()}
         return dict(self.accelerator.reduce(tensors, reduction="mean"))
 
+    def reduce(self, values: dict[str, Any], how: Mapping[str, str]) -> dict[str, Any]:
+        """One of `REDUCTIONS` over the ranks, each by name; every rank must call."""
+        if self.world_size == 1 or not values:
+            return values
+        means = {name: value for name, value in values.items() if how[name] == "mean"}
+        others = [name for name in values if name not in means]
+        found = self.reduce_mean(means) if means else {}
+        if others:
+            own = [torch.as_tensor(values[n]).detach().reshape(()) for n in others]
+            rows = torch.stack([v.to(self.device, torch.float64) for v in own])
+            ranks = self.accelerator.gather(rows[None])  # a row of each rank
+            found |= {
+                name: getattr(ranks[:, i], how[name])() for i, name in enumerate(others)
+            }
+        return found
+
     def gather_for_metrics(self, values: Any) -> Any:
         """The values of all ranks, in rank order, without those of padded rows.
 
@@ -371,19 +389,3 @@ def is_scheduler(value: object) -> bool:
     """Whether it is a scheduler of torch's kind, wrapped or not."""
     torch_kind = torch.optim.lr_scheduler.LRScheduler
     return isinstance(value, torch_kind | AcceleratedScheduler)
-
-
-@contextlib.contextmanager
-def torch_flags(benchmark: bool, deterministic: bool) -> Iterator[None]:
-    """Set torch's switches for one run."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
-    cudnn.benchmark = benchmark
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before[0]
-        torch.use_deterministic_algorithms(before[1])

@@ -95,8 +95,8 @@ class Run:
                 return False
         session.put_back()
         if self.schedule.print_frequency is None:
-            session.flush()
-        session.keep(None)
+            session.journal.flush()
+        session.journal.keep(None)
         session._save()
         model.on_training_end()
         self._call(Callback.on_training_end)
@@ -111,10 +111,10 @@ class Run:
             yield Boundary.START
         while not self._is_over():
             epoch = state.global_epoch
-            session.keep(None)
+            session.journal.keep(None)
             model.on_training_epoch_start(epoch)
             self._call(Callback.on_training_epoch_start)
-            session.keep("latest")
+            session.journal.keep("latest")
             feed = self._feed = self._read(epoch)
             if is_inside:
                 is_inside = False
@@ -134,8 +134,8 @@ class Run:
             cursor = session.reading.get("cursor")
             session.reading["cursor"] = self._train.plan.next_epoch(cursor)
             if self.schedule.print_frequency is None:
-                session.flush()
-            session.keep(None)
+                session.journal.flush()
+            session.journal.keep(None)
             model.on_training_epoch_end(epoch)
             self._call(Callback.on_training_epoch_end)
             if model.should_advance_dataset_phase():
@@ -226,7 +226,7 @@ class Run:
         for hook in self._batch_hooks:
             hook(self.session)
         if should_log:
-            self.session.flush()
+            self.session.journal.flush()
         return Boundary.STEP if is_step else Boundary.BATCH
 
     def _validate(self, boundary: Boundary) -> None:
@@ -239,7 +239,7 @@ class Run:
         has_improved = model.have_metrics_improved()
         state.early_stop_count = 0 if has_improved else state.early_stop_count + 1
         model.train()
-        session.keep("latest")
+        session.journal.keep("latest")
 
     def _wants_stop(self, boundary: Boundary) -> bool:
         is_asked = boundary is not Boundary.START or self._was_resumed
@@ -352,14 +352,14 @@ def evaluate(
         end = partial(model.on_validation_end, cycle)
     engine, prepare, number = session.engine, _batch_preparer(model, phase), -1
     hooks = overridden(callbacks, Callback.on_validation_batch_end)
-    session.keep(None)
+    session.journal.keep(None)
     engine.rows = None
     model.eval()
     start()
     for hook in overridden(callbacks, Callback.on_validation_start):
         hook(session)
     loader.seek(cycle)
-    session.keep("means")
+    session.journal.keep("means")
     with torch.no_grad():
         feed = Feed(loader, engine.place)
         for number, loaded in enumerate(_to_the_end_of_all(engine, loader, feed)):
@@ -374,8 +374,8 @@ def evaluate(
     engine.rows = None
     if number < 0:
         raise DataError(f"the {phase.value} loader yielded nothing; lower `batch_size`")
-    session.flush()
-    session.keep(None)
+    session.journal.flush()
+    session.journal.keep(None)
     end()
     if not is_test:
         session.state.validation_cycles += 1

@@ -207,7 +207,7 @@ class Saver:
             # JSON has no others: "nan", "inf" and "-inf" are what `float` takes back.
             "metrics": {
                 name: value if math.isfinite(value) else str(value)
-                for name, value in session.metrics().items()
+                for name, value in session.journal.metrics().items()
             },
             "trees": {rank: tree for rank, tree, *_ in ranks} | trees,
         }
@@ -221,7 +221,8 @@ class Saver:
                     done |= self.store.write_group(
                         folder, file, tensors, encoder.aliases[file]
                     )
-                session.flush_writer()  # logs must not fall behind what is resumed from
+                # Logs must not fall behind what is resumed from.
+                session.journal.flush_writer()
                 self._commit(folder, name, {**record, "files": done})
             except BaseException:
                 shutil.rmtree(folder, ignore_errors=True)  # a full disk may need it

@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,13 @@ import torch
 
 from helios import fingerprint, rng
 from helios.bars import reading
-from helios.callbacks.base import Callback, overridden
+from helios.callbacks.base import Callback
 from helios.checkpoint import Checkpoint, CheckpointStore, Encoder, read_checkpoint
 from helios.checkpoint.reading import RECORD, read_record
 from helios.engine import Engine
 from helios.errors import CheckpointError, CheckpointNotFoundError, ResumeError
 from helios.fingerprint import Cost
-from helios.loggers.tensorboard import NullWriter
+from helios.journal import Journal
 from helios.loggers.text import get_root_logger
 from helios.model.model import Model
 from helios.saving import SaveOptions, Saver
@@ -54,7 +54,6 @@ class Session:
     ) -> None:
         self.engine, self.schedule, self.state = engine, schedule, TrainingState()
         self.stop_reason: str | None = None
-        self.writer: Any = NullWriter()
         self.logger = get_root_logger()
         self.callbacks = list(callbacks)
         self.batches_per_epoch: int | None = None
@@ -75,11 +74,7 @@ class Session:
             self.saver = Saver(self, store, options or SaveOptions())
         self._restored: pathlib.Path | None = None
         self._copies = contextlib.ExitStack()
-        self._logged: dict[str, tuple[float, int]] = {}
-        self._keeps: str | None = None
-        self._latest: dict[str, Any] = {}
-        self._sums: dict[str, tuple[Any, int]] = {}
-        self._log_hooks = overridden(self.callbacks, Callback.on_log)
+        self.journal = Journal(self)
         self._own = f"rank_{engine.rank}"
         self._reading = partial(reading, is_shown=shows_progress and engine.is_main)
 
@@ -95,15 +90,6 @@ class Session:
     def _save(self) -> None:
         if self.saver is not None:
             self.saver.save()
-
-    def metrics(self) -> dict[str, float]:
-        """What was logged last under each name, if that was at the current step."""
-        step = self.state.current_iteration
-        return {name: value for name, (value, at) in self._logged.items() if at == step}
-
-    def flush_writer(self) -> None:
-        """Have TensorBoard's log on the disk."""
-        self._write_logs(lambda: self.writer.flush())
 
     def _encode(self) -> tuple[Encoder, dict[str, Any]]:
         encoder, trees = Encoder(), dict[str, Any]()
@@ -131,7 +117,8 @@ class Session:
         return encoder, trees
 
     def _books(self) -> dict[str, dict[str, Any]]:
-        return {**self._model._books(), "latest": self._latest}
+        own = {"latest": self.journal.latest, "reductions": self.journal.reductions}
+        return {**self._model._books(), **own}
 
     def restore(self, resume: Any, *, allow_inexact: bool) -> bool:
         """Take up a checkpoint, if there is one; every rank must call.
@@ -153,9 +140,7 @@ class Session:
             for line in imported["unknown"]:
                 self.logger.warning("imported from %s: %s", imported["from"], line)
         self.state.load(checkpoint.record["progress"])
-        step = self.state.current_iteration
-        for name, value in checkpoint.record["metrics"].items():
-            self._logged[name] = (float("nan" if value is None else value), step)
+        self.journal.restore_metrics(checkpoint.record["metrics"])
         if self.saver is not None:
             self.saver.mark()
             self.saver.settle(path)
@@ -308,57 +293,9 @@ class Session:
             layout=layout_of(parameters),
         )
 
-    def keep(self, what: str | None) -> None:
-        """Keep the "latest" or the "means" for :meth:`flush`; None: write at once."""
-        self._keeps = what
-        self._sums = {}
-
-    def flush(self) -> None:
-        """Write what was kept; every rank must call."""
-        if self._keeps == "means" and self._sums:
-            sums, self._sums = self._sums, {}
-            means = {name: total / count for name, (total, count) in sums.items()}
-            self._emit(self.engine.reduce_mean(means))
-        elif self._keeps == "latest" and self._latest:
-            self._emit(self._latest)
-            self._latest.clear()
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Log numbers, or tensors of one element, under the current step."""
-        if self._keeps is None:
-            self._emit(values)
-            return
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor):
-                value = value.detach()
-            if self._keeps == "latest":
-                self._latest[name] = value
-            else:
-                total, count = self._sums.get(name, (0.0, 0))
-                self._sums[name] = (total + value, count + 1)
-
-    def _emit(self, values: Mapping[str, Any]) -> None:
-        if not self.engine.is_main:
-            return
-        numbers = {}
-        for name, value in values.items():
-            try:
-                numbers[name] = float(value)
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(
-                    f"`{name}` is logged, and is no number: {error}"
-                ) from error
-        step = self.state.current_iteration
-        self._logged |= {name: (number, step) for name, number in numbers.items()}
-        for name, number in numbers.items():
-            self._write_logs(partial(self.writer.add_scalar, name, number, step))
-        if self.engine.accelerator.trackers:
-            self.engine.accelerator.log(numbers, step=step)
-        shown = "  ".join(f"{name} {number:.4g}" for name, number in numbers.items())
-        epoch = self.state.global_epoch + (self.state.dataset_iter > 0)
-        self.logger.info("epoch %d  step %d  %s", epoch, step, shown)
-        for hook in self._log_hooks:
-            hook(self, numbers)
+    def log(self, values: Mapping[str, Any], reduce: str | None = None) -> None:
+        """Log numbers, or tensors of one element; see :meth:`helios.Model.log_dict`."""
+        self.journal.log(values, reduce)
 
     def wait_for_checkpoint(self) -> None:
         """Wait until the last checkpoint is on the disk; every rank must call.
@@ -383,12 +320,5 @@ class Session:
         if self.saver is not None:
             self.saver.finish()
         self._copies.close()
-        self._write_logs(lambda: self.writer.close())
+        self.journal.close()
         self.engine.close()
-
-    def _write_logs(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except OSError as error:
-            self.logger.error("TensorBoard's log ends here: %s", error)
-            self.writer = NullWriter()

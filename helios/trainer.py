@@ -19,7 +19,8 @@ from helios.callbacks.progress import ProgressBar
 from helios.checkpoint import CheckpointStore
 from helios.checkpoint.store import MAX_SHARD_BYTES
 from helios.data.datamodule import DataModule, loader_of
-from helios.engine import Engine, torch_flags
+from helios.determinism import torch_flags
+from helios.engine import Engine
 from helios.errors import DataError, LaunchError, ModelError
 from helios.launching import start_ranks_if_asked
 from helios.loggers.tensorboard import open_writer
@@ -284,7 +285,8 @@ class Trainer:
     def _open_logs(self, session: Session, *, purge_step: int | None) -> None:
         root = self.run_path or self.log_root
         if self.enable_tensorboard and root and session.engine.is_main:
-            session.writer = open_writer(pathlib.Path(root) / self.run_name, purge_step)
+            folder = pathlib.Path(root) / self.run_name
+            session.journal.writer = open_writer(folder, purge_step)
         if self.log_with is not None:
             session.engine.accelerator.init_trackers(self.run_name)
 

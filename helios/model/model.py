@@ -282,19 +282,26 @@ class Model(abc.ABC):
         """The user's module inside what Accelerate made of it."""
         return self._engine.unwrap(module) if self._engine else module
 
-    def log(self, name: str, value: Any) -> None:
+    def log(self, name: str, value: Any, *, reduce: str | None = None) -> None:
         """Log one value; see :meth:`log_dict`."""
-        self.log_dict({name: value})
+        self.log_dict({name: value}, reduce=reduce)
 
-    def log_dict(self, values: dict[str, Any]) -> None:
+    def log_dict(self, values: dict[str, Any], *, reduce: str | None = None) -> None:
         """Log values (numbers, or tensors of one element) under the current step.
 
         In ``train_step`` the latest value before a log point is written, of rank 0; in
         ``valid_step`` and ``test_step`` the mean over batches and ranks, at the end;
         in other hooks the value, at once.
+
+        `reduce`: "mean", "sum", "max" or "min" of the ranks' values, and in
+        ``valid_step`` and ``test_step`` of those of the batches. Then every rank must
+        log it, in other hooks at the same time.
+
+        Raises:
+            ValueError: another `reduce`.
         """
         assert self._session is not None, "the model is in no run"
-        self._session.log(values)
+        self._session.log(values, reduce)
 
     def gather(self, tensor: torch.Tensor) -> Any:
         """The tensors of all ranks, joined; every rank must call."""

@@ -124,6 +124,36 @@ def test_test_logs_means():
     assert recorder.logged == [(0, "test", (1.5).hex())]
 
 
+class Reducing(IdModel):
+    """Logs each batch's first id in all ways, and a tensor beside a number."""
+
+    def valid_step(self, batch, step):
+        for how in (None, "mean", "sum", "max", "min"):
+            self.log(f"{how}", batch[0].item(), reduce=how)
+        self.log("tensors", batch[1], reduce="max")
+
+
+def test_validation_reduces_over_its_batches_as_is_asked(tmp_path):
+    # Batches begin with 0, 2, and 4.
+    data = IndexData(2, valid=6)
+    options = {"total_steps": 1, "valid_frequency": 1}
+    _, recorder = train(Reducing(), data, tmp_path, **options)
+    found = {name: float.fromhex(v) for _, name, v in recorder.logged if name != "loss"}
+    assert found == {
+        **{"None": 2.0, "mean": 2.0, "sum": 6.0, "max": 4.0, "min": 0.0},
+        "tensors": 5.0,
+    }
+
+
+def test_unknown_reduction_is_refused(tmp_path):
+    class Wrong(IdModel):
+        def train_step(self, batch, state):
+            self.log("loss", 1.0, reduce="median")
+
+    with pytest.raises(ValueError, match=r"`reduce` must be one of .* got 'median'"):
+        train(Wrong(), IndexData(2), tmp_path, total_steps=1)
+
+
 def test_log_outside_of_a_run_is_refused():
     with pytest.raises((AssertionError, helios.HeliosError), match="in no run"):
         IdModel().log("loss", 1.0)

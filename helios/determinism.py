@@ -1,5 +1,8 @@
-"""The order in which DistributedDataParallel sums gradients up, made the same again."""
+"""What of torch decides on bits: its switches, and the order of sums over ranks."""
 
+import contextlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,3 +23,19 @@ def settle_buckets(net: Any) -> None:
     for parameter in reversed([p for p in net.parameters() if p.requires_grad]):
         torch.autograd.backward(parameter, torch.zeros_like(parameter))
     net.zero_grad()
+
+
+@contextlib.contextmanager
+def torch_flags(benchmark: bool, deterministic: bool) -> Iterator[None]:
+    """Set torch's switches for one run."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = benchmark
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before[0]
+        torch.use_deterministic_algorithms(before[1])
