@@ -15,7 +15,8 @@ _OPTIONS: Any = {"leave": False, "disable": None, "delay": 1}
 @contextlib.contextmanager
 def reading(paths: Sequence[Path], *, is_shown: bool = True) -> Iterator[Any]:
     """Show how far the reading of checkpoints is; gives what their bytes go to."""
-    total = sum(f.stat().st_size for path in paths for f in path.glob("*.safetensors"))
+    files = [f for path in paths for f in path.glob("*.safetensors")]
+    total = sum(f.lstat().st_size for f in files)  # also of a link to nothing
     options = _OPTIONS if is_shown else {"disable": True}
     with tqdm(desc="reading", total=total, unit="B", unit_scale=True, **options) as bar:
         yield bar.update

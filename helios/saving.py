@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,8 @@ class Saver:
         self._session, self._clock = session, clock
         self._background = BackgroundWriter()
         self._hook_error: BaseException | None = None
+        # Those newer than what was resumed from: damaged ones, mostly.
+        self._passed_over = set[Path]()
         self._saved_at: tuple[int, int] | None = None
         self._is_requested = self._is_prepared = self._has_warned = False
         self._saved_s = self._looked_s = clock()
@@ -235,7 +238,9 @@ class Saver:
     def _commit(self, folder: Path, name: str, record: dict[str, Any]) -> None:
         best, others = self._options.keep_best, self.store.records()
         replaced = others.pop(self.store.root / name, None)
-        found = {self.store.root / name: record, **others}
+        self._passed_over.discard(self.store.root / name)
+        counted = {p: r for p, r in others.items() if p not in self._passed_over}
+        found = {self.store.root / name: record, **counted}
         if best is not None:
             self._check_metric(best.metric, record["metrics"])
             record["is_best"] = self.store.root / name in best.best(found)[:1]
@@ -250,14 +255,18 @@ class Saver:
             self._hook_error = error
 
     def settle(self, path: Path) -> None:
-        """Finish what a run that died has left undone, and spare what is resumed."""
+        """Finish what a run that died has left undone, once its state is taken up.
+
+        What is newer than the checkpoint at ``path`` does not count, and stays.
+        """
         if self._session.engine.is_main:
             self.store.clean()
-            self._settle(self.store.records(), path)
+            found = self.store.records()
+            if path in found:
+                self._passed_over = set(takewhile(lambda p: p != path, found))
+            self._settle({p: r for p, r in found.items() if p not in self._passed_over})
 
-    def _settle(
-        self, found: Mapping[Path, Mapping[str, Any]], resumed: Path | None = None
-    ) -> None:
+    def _settle(self, found: Mapping[Path, Mapping[str, Any]]) -> None:
         """Mark the best of these, delete those that need not stay."""
         best = self._options.keep_best
         marked = [] if best is None else best.best(found)[:1]
@@ -265,7 +274,7 @@ class Saver:
             for path, record in found.items() if best is not None else ():
                 if bool(record.get("is_best")) != (path in marked):
                     self.store.amend(path, is_best=path in marked)
-            self._prune(found, resumed)
+            self._prune(found)
         except (OSError, CheckpointError) as error:
             self._session.logger.error(
                 "OLDER CHECKPOINTS COULD NOT BE MARKED OR DELETED: %s", error
@@ -281,9 +290,7 @@ class Saver:
             *(name, sorted(metrics) or "nothing"),
         )
 
-    def _prune(
-        self, found: Mapping[Path, Mapping[str, Any]], resumed: Path | None
-    ) -> None:
+    def _prune(self, found: Mapping[Path, Mapping[str, Any]]) -> None:
         """Delete those that need not stay, of these; the newest come first."""
         options = self._options
         if options.keep_last is None:
@@ -300,7 +307,7 @@ class Saver:
                 if is_whole and progress.get(unit, 0) % options.keep_every == 0:
                     kept.add(path)
         for path in found:
-            if path not in kept and path != resumed:
+            if path not in kept:
                 self.store.remove(path)
 
     def has_failed(self) -> bool:

@@ -143,7 +143,6 @@ class Session:
         self.journal.restore_metrics(checkpoint.record["metrics"])
         if self.saver is not None:
             self.saver.mark()
-            self.saver.settle(path)
         own = self._own if self._own in checkpoint.record["trees"] else "rank_0"
         self.reading = dict(checkpoint.tree(own)["reading"])
         # Hooks that run before training goes on see the restored state. What they
@@ -173,11 +172,13 @@ class Session:
         """
         if self._restored is None:
             return
-        checkpoint = read_checkpoint(self._restored, verify=False)
-        self._restored = None
+        path, self._restored = self._restored, None
+        checkpoint = read_checkpoint(path, verify=False)
         rank = self._load(checkpoint, own=True)
         self.engine.barrier()  # the other ranks of this host have read the copy, too
         self._copies.close()
+        if self.saver is not None:
+            self.saver.settle(path)
         if rank is None:
             self.logger.warning("the checkpoint has no random numbers of %s", self._own)
             return

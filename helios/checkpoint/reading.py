@@ -86,8 +86,10 @@ class Checkpoint:
             path: Place, file: Any, name: str, there: Any = "cpu", *more: Any
         ) -> Tensor | Future[Tensor]:
             if file is None:
-                dim, dtype = more
-                return join(pieces[name], there, dim, getattr(torch, dtype[6:]), layout)
+                if ("", name) not in made:
+                    dim, kind = more[0], getattr(torch, more[1][6:])
+                    made["", name] = join(pieces[name], there, dim, kind, layout)
+                return made["", name]
             order = more[0] if more else None
             mapped = self.tensors[file][name]
             moves = device is not None and "cpu" not in (there, device.type)
@@ -123,6 +125,8 @@ class Checkpoint:
                 own = decode(
                     shards, lambda _, file, name, *__: self.tensors[file][name]
                 )
+                if type(own) is not dict:
+                    raise CheckpointCorruptError(f"{self.path}: {group} has no pieces")
                 for name, piece in own.items():
                     found.setdefault(name, []).extend([] if piece is None else [piece])
         return found

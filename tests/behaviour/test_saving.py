@@ -7,6 +7,7 @@ import shutil
 import signal
 
 import pytest
+import torch
 from support import IdModel, IndexData, train
 
 import helios
@@ -16,7 +17,7 @@ from helios.checkpoint import (
     find_last_checkpoint,
     read_checkpoint,
 )
-from helios.errors import CheckpointError
+from helios.errors import CheckpointError, ResumeError
 
 IN_STEPS = {"train_unit": "iteration", "total_steps": 8}
 
@@ -363,6 +364,41 @@ def test_error_of_a_hook_that_a_checkpoint_calls_ends_the_run_at_the_next_step(
     assert read_checkpoint(find_last_checkpoint(tmp_path))
 
 
+class OtherModel(IdModel):
+    def setup(self, for_inference=False):
+        super().setup()
+        self.more = torch.nn.Linear(1, 1)
+
+
+def test_refused_resume_deletes_nothing(tmp_path):
+    options = {**IN_STEPS, "total_steps": 3, "chkpt_frequency": 1}
+    train(IdModel(), IndexData(), tmp_path, **options)
+    with pytest.raises(ResumeError):
+        train(OtherModel(), IndexData(), tmp_path, **options, keep_last=1)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_damaged_ones_that_were_passed_over_do_not_count(tmp_path):
+    options = {**IN_STEPS, "chkpt_frequency": 1}
+    train(IdModel(), IndexData(), tmp_path, **{**options, "total_steps": 5})
+    store = CheckpointStore(tmp_path / "ids")
+    for path in store.list()[:2]:
+        damaged = path / "model.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+
+    class Look(helios.Callback):
+        def on_training_batch_end(self, session):
+            session.saver.finish()
+            kept.append(steps(tmp_path))
+
+    kept = []
+    train(IdModel(), IndexData(), tmp_path, Look(), **options, keep_last=2)
+    # Of the steps 4 and 5 there are new ones as soon as they are done again.
+    assert kept[:4] == [[2, 3, 4, 5], [3, 4, 5], [4, 5], [5, 6]]
+    assert steps(tmp_path) == [7, 8]
+    assert [find_damage(path) for path in store.list()] == [{}, {}]
+
+
 def test_resume_deletes_what_a_dead_run_left_and_spares_what_it_goes_on_from(tmp_path):
     options = {**IN_STEPS, "total_steps": 3, "chkpt_frequency": 1}
     train(IdModel(), IndexData(), tmp_path, **options)
@@ -375,9 +411,6 @@ def test_resume_deletes_what_a_dead_run_left_and_spares_what_it_goes_on_from(tmp
         assert steps(tmp_path) == [2, 3]
         assert not list((tmp_path / "ids").glob(".helios-*"))
 
-    class AtStart(helios.Callback):
-        on_training_start = staticmethod(look)
-
-    train(IdModel(), IndexData(), tmp_path, AtStart(), **options, keep_last=1)
+    train(IdModel(), IndexData(), tmp_path, At(3, look), **options, keep_last=1)
     assert steps(tmp_path) == [3]
     assert find_damage(store.list()[0]) == {}

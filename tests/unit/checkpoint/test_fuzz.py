@@ -54,7 +54,12 @@ def make(root: Path) -> Path:
     trees = {
         "model": encoder.encode(model, file="model"),
         "training": encoder.encode(training, file="training"),
+        "shared": {"$": "sharded", "v": ["model.w", [3, 2], 0, "torch.float32"]},
     }
+    for rank in range(2):  # as if they had shared it out
+        pieces = {"model.w": [2 * rank, torch.ones(2 - rank, 2)], "none": None}
+        own = encoder.encode({"shards": pieces}, file=f"rank_{rank}")
+        trees[f"rank_{rank}"] = own
     store = CheckpointStore(root)
     folder, files = store.begin("a"), dict[str, Any]()
     for group, tensors in encoder.files.items():

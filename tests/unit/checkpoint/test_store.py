@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file, load_model
 from support.disk import Disk
 
+from helios.bars import reading
 from helios.checkpoint import (
     BackgroundWriter,
     Checkpoint,
@@ -869,6 +870,17 @@ def test_crafted_records_are_refused(tmp_path: Path, changes: dict[str, Any]) ->
     write(CheckpointStore(tmp_path), "b", 2)
 
 
+def test_a_link_to_nothing_is_passed_over_with_a_bar_too(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, "a", 1)
+    file = write(store, "b", 2) / "model.safetensors"
+    file.unlink()
+    file.symlink_to(tmp_path / "gone")
+    reports: list[str] = []
+    assert step_of(store.find_last(reports.append, reading)) == 1
+    assert "it is no plain file" in reports[0]
+
+
 @pytest.mark.parametrize("file", ["x.safetensors", "helios.json"])
 def test_a_link_in_place_of_a_file_is_noticed(tmp_path: Path, file: str) -> None:
     path = crafted(tmp_path, {"x.safetensors": EMPTY})
@@ -946,6 +958,36 @@ def test_the_first_damage_is_enough(tmp_path: Path) -> None:
         with pytest.raises(CheckpointCorruptError, match=why):
             read_checkpoint(path)
         assert time.monotonic() - began < 5
+
+
+def shared_out(root: Path, **changes: Any) -> Path:
+    """A checkpoint of a tensor of two ranks, which stands in two places of a tree."""
+    encoder = Encoder()
+    node = {"$": "sharded", "v": ["x", [3], 0, "torch.float32"]}
+    trees: dict[str, Any] = {"model": [node, node]}
+    for rank in range(2):
+        own = {"shards": {"x": [2 * rank, torch.full((2 - rank,), rank)]}}
+        own["shards"]["x"][1] = own["shards"]["x"][1].float()
+        trees[f"rank_{rank}"] = encoder.encode(own, file=f"rank_{rank}")
+    store = CheckpointStore(root)
+    folder, files = store.begin("a"), dict[str, Any]()
+    for group, tensors in encoder.files.items():
+        files |= store.write_group(folder, group, tensors)
+    record = {"trees": {**trees, **changes}, "files": files, "progress": {}}
+    return store.commit(folder, "a", record)
+
+
+def test_a_tensor_of_several_ranks_is_joined_once(tmp_path: Path) -> None:
+    one, other = read_checkpoint(shared_out(tmp_path)).tree("model")
+    assert one.tolist() == [0, 0, 1]
+    assert one is other  # a hostile tree may name it a million times
+
+
+@pytest.mark.parametrize("shards", [[1], "x", 3, {"x": 5}, {"x": [0]}, {"x": [0, "y"]}])
+def test_pieces_that_are_none_are_corrupt(tmp_path: Path, shards: Any) -> None:
+    path = shared_out(tmp_path, rank_1={"shards": shards})
+    with pytest.raises(CheckpointCorruptError):
+        read_checkpoint(path).tree("model")
 
 
 def test_a_record_nested_without_end_is_corrupt(tmp_path: Path) -> None:
