@@ -61,8 +61,7 @@ class Found:
         name = f"{save_name}_epoch_{epoch}_iter_{step}"
         if (store.root / name).exists():
             raise FileExistsError(f"{store.root / name} exists")
-        networks = self.model.get("networks", {})
-        named = networks if isinstance(networks, dict) else _numbered(networks)
+        named = _named(self.model.get("networks", {}))
         whole = next(iter(named.values())) if len(named) == 1 else named
         trees = {"model": encoder.encode(whole, file="model")}
         parts: dict[str, Any] = {"model": self.model}
@@ -239,7 +238,7 @@ def to_accelerate(checkpoint: Checkpoint, folder: Path) -> list[str]:
     training = checkpoint.tree("training", has_classes=False)
     model, left_out = training["model"], list[str]()
     for kind in KINDS[:3]:
-        for number, (name, state) in enumerate(model[kind].items()):
+        for number, (name, state) in enumerate(_named(model.get(kind, {})).items()):
             path = folder / _numbered_file(_FILES[kind], number)
             if kind != "networks":
                 torch.save(state, path)
@@ -254,17 +253,15 @@ def to_accelerate(checkpoint: Checkpoint, folder: Path) -> list[str]:
     for group in checkpoint.record["trees"]:
         if group.startswith("rank_"):
             states = checkpoint.tree(group, has_classes=False)["rng"]
+            if states is None:  # of an import
+                left_out.append(f"the random numbers of {group}")
+                continue
             path = folder / f"random_states_{group.removeprefix('rank_')}.pkl"
             torch.save({"step": steps, **_rng_for(states)}, path)
-    left_out += [
-        f"{kind} {sorted(v)}" for kind, v in model.items() if _is_left(kind, v)
-    ]
+    others = {k: v for k, v in model.items() if k not in KINDS[:3]}
+    left_out += [f"{k} {sorted(v)}" for k, v in others.items() if type(v) is dict and v]
     left_out.append("the position in the data: skip the batches of the epoch yourself")
     return left_out
-
-
-def _is_left(kind: str, states: Any) -> bool:
-    return kind not in KINDS[:3] and isinstance(states, Mapping) and bool(states)
 
 
 def _say(found: Found, known: dict[str, Any], given: Mapping[str, int]) -> None:
@@ -396,5 +393,7 @@ def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, tree
 
 
-def _numbered(states: Sequence[Any]) -> dict[str, Any]:
-    return {str(number): state for number, state in enumerate(states)}
+def _named(states: Any) -> dict[str, Any]:
+    """By name; by number, where there are no names."""
+    pairs = states.items() if isinstance(states, Mapping) else enumerate(states)
+    return {str(name): state for name, state in pairs}

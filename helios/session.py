@@ -25,7 +25,7 @@ from helios.journal import Journal
 from helios.loggers.text import get_root_logger
 from helios.model.model import Model
 from helios.saving import SaveOptions, Saver
-from helios.sharding import layout_of
+from helios.sharding import layout_of, like
 from helios.state import Schedule, TrainingState
 
 _PIECE_BYTES = 1 << 26
@@ -175,6 +175,7 @@ class Session:
         path, self._restored = self._restored, None
         checkpoint = read_checkpoint(path, verify=False)
         rank = self._load(checkpoint, own=True)
+        self._put_back_gradients(checkpoint, rank)
         self.engine.barrier()  # the other ranks of this host have read the copy, too
         self._copies.close()
         if self.saver is not None:
@@ -182,20 +183,33 @@ class Session:
         if rank is None:
             self.logger.warning("the checkpoint has no random numbers of %s", self._own)
             return
-        holdings = self._model._holdings()
-        buffers, saved = holdings.buffers(), rank.get("buffers", {})
+        buffers, saved = self._model._holdings().buffers(), rank.get("buffers", {})
         for name in buffers.keys() & saved.keys():
             buffers[name].copy_(saved[name])
-        if rank["gradients"] is not None:  # else it is from elsewhere
-            parameters = holdings.all_parameters()
-            pairs = zip(parameters, rank["gradients"], strict=True)
-            for parameter, (asks, grad) in pairs:
-                parameter.requires_grad_(asks)
-                parameter.grad = None if grad is None else grad.to(parameter.device)
         if rank["rng"] is not None:
             device = checkpoint.record["identity"].get("device_type")
             is_partial = device != self.engine.device.type  # or nothing is known
             rng.restore_rng(rank["rng"], self.engine.device, is_partial=is_partial)
+
+    def _put_back_gradients(self, checkpoint: Checkpoint, rank: Any) -> None:
+        """Put back which parameters ask for one, and those of an open window.
+
+        Of another number of ranks each gets the mean, to which theirs would have come.
+        """
+        groups = [g for g in checkpoint.record["trees"] if g.startswith("rank_")]
+        found = [] if rank is None else [rank["gradients"]]
+        if len(groups) != self.engine.world_size:
+            found = [self._tree(checkpoint, g)["gradients"] for g in groups]
+        if not found or None in found:  # it is from elsewhere
+            return
+        parameters = self._model._holdings().all_parameters()
+        for parameter, *pairs in zip(parameters, *found, strict=True):
+            parameter.requires_grad_(pairs[0][0])
+            grads = [grad.to(parameter.device) for _, grad in pairs if grad is not None]
+            parameter.grad = None
+            if grads:
+                whole = grads[0] if len(pairs) == 1 else sum(grads) / len(pairs)
+                parameter.grad = like(parameter, whole)
 
     def _choose(self, resume: Any) -> Any:
         if resume == "never":
@@ -221,11 +235,21 @@ class Session:
         marks = engine.gather_objects(record.get("created"))
         if marks[0] is None or set(marks) == {marks[0]}:
             return path
+        names, failure = list[str](), None
+        if engine.is_main:
+            try:  # what it says has to be true before anybody writes files by it
+                found = read_checkpoint(path, verify=False)
+                names = [*found.record["files"], RECORD]
+            except CheckpointError as error:
+                failure = error
+        names, failure = engine.broadcast((names, failure))
+        if failure is not None:
+            raise failure
         has_it = record.get("created") == marks[0]
         if not has_it and engine.local_rank == 0:
             folder = tempfile.TemporaryDirectory(prefix=f"{path.name}-")
             copy = pathlib.Path(self._copies.enter_context(folder))
-        for name in engine.broadcast([*record.get("files", ()), RECORD]):
+        for name in names:
             source = path / name if engine.is_main else os.devnull
             target = os.devnull if copy is None else copy / name
             with open(source, "rb") as read, open(target, "wb") as written:

@@ -231,6 +231,22 @@ def test_accelerate_goes_on_from_an_exported_folder_to_the_same_bits(
     assert digest(found) == digest(expected)
 
 
+@pytest.mark.parametrize("is_named", [True, False])
+def test_import_is_exported_again_as_far_as_it_goes(tmp_path, accelerator, is_named):
+    saved, root = tmp_path / "saved", tmp_path / "root"
+    with_accelerate(accelerator, save_to=saved)
+    (saved / "random_states_0.pkl").unlink()
+    names = ("--networks", "body,head") if is_named else ()
+    made = run("import", saved, root, "--save-name", "ported", *names, "--json")
+    path = json.loads(made.output)["path"]
+    done = run("export", path, tmp_path / "out", "--accelerate", "--json")
+    assert done.exit_code == 0, done.output
+    assert "the random numbers of rank_0" in json.loads(done.stdout)["left_out"]
+    for name in ("model.safetensors", "model_1.safetensors"):
+        found, expected = load_file(tmp_path / "out" / name), load_file(saved / name)
+        assert digest(found) == digest(expected)
+
+
 class Tied(helios.Model):
     """A tied weight, a state that is no tensor, and a number of its own."""
 

@@ -1,4 +1,4 @@
-"""Run by test_sharded.py on each rank: FSDP2, through Accelerate, on CPUs.
+"""Run by test_sharded.py on each rank: FSDP2 (or DDP), through Accelerate, on CPUs.
 
 Arguments: a folder, and in JSON a list of runs, each with the folder of its checkpoints
 and its options, and the Accelerator's options. What comes of each run is written down.
@@ -105,6 +105,8 @@ def run(folder, accelerator, options):
 
 
 def make_accelerator(fsdp_version=2, **options):
+    if fsdp_version is None:
+        return Accelerator(cpu=True, **options)
     state = PartialState(cpu=True)
     # Accelerate shards on GPUs only; torch can do so on any device.
     state._shared_state["distributed_type"] = DistributedType.MULTI_GPU

@@ -6,9 +6,10 @@ import pathlib
 import pytest
 import torch
 from click.testing import CliRunner
-from distributed.sharded_script import Network, ShardedModel
+from distributed.sharded_script import Network, Plain, ShardedModel
 from safetensors.torch import load_file
 from support import RandomData, StopAt, digest, run_ranks, train
+from torch.utils.data import default_collate
 
 from helios.checkpoint import CheckpointStore, find_last_checkpoint, read_checkpoint
 from helios.cli import main
@@ -103,12 +104,56 @@ def test_another_number_of_ranks_comes_to_the_same_weights(tmp_path):
     assert whole["weights"] != resumed["weights"]  # sums in another order
 
 
-def in_one_process(root, *callbacks, **options):
-    model = ShardedModel("sharded")
+def in_one_process(root, *callbacks, kind=ShardedModel, **options):
+    model = kind("sharded")
     options = {"total_steps": 2, "print_frequency": 1, **options}
     data = RandomData(length=24, batch_size=6)
+    if kind is Plain:
+        data.params["collate_fn"] = default_collate
     finished, _ = train(model, data, root, *callbacks, **options)
     return finished, model
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    """What steps of two batches each come to, in one process."""
+    root = tmp_path_factory.mktemp("windowed")
+    finished, model = in_one_process(root, kind=Plain, accumulation_steps=2)
+    assert finished
+    return model
+
+
+# The numbers of ranks, and which version of FSDP they have; None: DDP.
+CHANGES = [(2, 3, 2, 2), (3, 2, None, None), (1, 3, None, 2)]
+SLOW = [(3, 1, 2, None), (2, 3, None, None), (3, 2, 2, 2), (3, 2, 2, None)]
+CHANGES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "version_before", "version_after"), CHANGES
+)
+def test_gradients_of_an_open_window_go_over_to_another_number_of_ranks(
+    tmp_path, windowed, before, after, version_before, version_after
+):
+    for ranks, stop, version in (
+        (before, 5, version_before),
+        (after, None, version_after),
+    ):
+        options = {"root": "runs", "kind": "plain", "batch_size": 6 // ranks}
+        if ranks > 1:
+            accelerator = {"fsdp_version": version, "gradient_accumulation_steps": 2}
+            (found,) = run(tmp_path, ranks, {**options, "stop": stop}, **accelerator)[0]
+            assert found.get("finished") is (stop is None), found
+            last = [torch.tensor(values) for values in found["last"]]
+        else:
+            finished, model = in_one_process(
+                tmp_path / "runs", StopAt(batch=stop), kind=Plain, accumulation_steps=2
+            )
+            assert finished is (stop is None)
+            last = [value.flatten() for value in model.net.state_dict().values()]
+    expected = windowed.net.state_dict().values()
+    for one, other in zip(last, expected, strict=True):
+        torch.testing.assert_close(one, other.flatten())
 
 
 def test_one_process_goes_on_from_pieces(stopped, tmp_path):
