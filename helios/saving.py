@@ -184,9 +184,10 @@ class Saver:
             self._report(failure)
             return
         files = self._background.snapshot(encoder.files)
-        # The other ranks' files are small: they are written at once, so that the main
-        # rank can finish alone, in the background. It writes those of the ranks that
-        # do not see the folder, one after the other, as gradients may be among them.
+        # The other ranks write theirs at once, so that the main rank can finish alone,
+        # in the background: they are small, unless weights are shared out. It writes
+        # those of the ranks that do not see the folder, one after the other, as
+        # gradients may be among them.
         entries = dict[str, Any]()
         for rank, sees_it in enumerate(engine.gather_objects(os.path.isdir(folder))):
             mine = files.get(f"rank_{rank}")
@@ -199,6 +200,8 @@ class Saver:
         ranks = engine.gather_objects((own, trees[own], entries, failure))
         failures = [found for *_, found in ranks if found is not None]
         if failures:
+            if engine.is_main:
+                shutil.rmtree(folder, ignore_errors=True)  # a full disk may need it
             self._report(failures[0])
             return
         self.mark()

@@ -111,6 +111,8 @@ class Checkpoint:
         if group not in self.record["trees"]:
             raise CheckpointError(f"{self.path} has no {group!r}")
         plain, pieces = self.record["trees"][group], self._pieces()
+        if group.startswith("rank_") and type(plain) is dict:  # no second copy of them
+            plain = {name: node for name, node in plain.items() if name != "shards"}
         # Side by side: the first use of memory takes longer than the copy. What is made
         # in inference mode would carry its restrictions along.
         with torch.inference_mode(False), ThreadPoolExecutor() as pool:

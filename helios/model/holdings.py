@@ -41,11 +41,10 @@ class Holdings:
         """What the networks save besides their parameters, by path: live tensors."""
         found = {}
         for path, net in self.networks.items():
-            names = {name for name, _ in net.named_parameters(remove_duplicate=False)}
-            for name, value in net.state_dict().items():
-                is_buffer = isinstance(value, torch.Tensor) and name not in names
-                if is_buffer and not name.endswith("_extra_state"):
-                    found[f"{path}.{name}"] = value
+            saved = net.state_dict().keys()  # whose values may be copies
+            for name, buffer in net.named_buffers(remove_duplicate=False):
+                if name in saved:
+                    found[f"{path}.{name}"] = buffer
         return found
 
     def has_strangers(self) -> bool:

@@ -1,4 +1,7 @@
-"""Run by test_saving_on_ranks.py on each rank: the first write, or each one, fails."""
+"""Run by test_saving_on_ranks.py on each rank: writes fail.
+
+The "first" one, "each" one, or those of the "other" rank.
+"""
 
 import json
 import os
@@ -23,7 +26,14 @@ def failing(self, *args):
     return commit(self, *args)
 
 
-CheckpointStore.commit = failing
+def failing_here(self, *args):
+    raise OSError(28, "No space left on device")
+
+
+if sys.argv[2] != "other":
+    CheckpointStore.commit = failing
+elif rank == 1:
+    CheckpointStore.write_group = failing_here
 error, is_finished = None, None
 try:
     is_finished, _ = train(

@@ -26,3 +26,10 @@ def test_last_write_that_fails_is_an_error_on_all_ranks(tmp_path):
     for report in run(tmp_path, "each"):
         assert "the last checkpoint could not be written" in report["error"]
     assert list((tmp_path / "checkpoints" / "ids").iterdir()) == []
+
+
+def test_rank_that_cannot_write_is_named_and_leaves_nothing(tmp_path):
+    for report in run(tmp_path, "other"):
+        assert "the last checkpoint could not be written" in report["error"]
+        assert report["writes"] == 0
+    assert list((tmp_path / "checkpoints" / "ids").iterdir()) == []

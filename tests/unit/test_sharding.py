@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from helios import sharding
 from helios.checkpoint import Encoder
@@ -86,6 +87,19 @@ def test_piece_of_a_lone_rank_is_the_tensor(mesh):
     assert isinstance(made, DTensor)
     assert made.full_tensor().equal(whole)
     assert made.placements == (Shard(1),)
+
+
+@pytest.mark.parametrize(("rank", "start"), [(0, 0), (1, 3), (2, None), (3, None)])
+def test_only_the_first_of_equal_ranks_has_the_piece(rank, start):
+    # Ranks 2 and 3 have the same as 0 and 1. Nothing is sent in such a group.
+    store = FakeStore()
+    torch.distributed.init_process_group("fake", store=store, rank=rank, world_size=4)
+    mesh = init_device_mesh("cpu", (2, 2))
+    layout = [Replicate(), Shard(0)]
+    tensor = DTensor.from_local(torch.ones(3, 2), mesh, layout, run_check=False)
+    piece = sharding.piece_of(tensor)
+    torch.distributed.destroy_process_group()
+    assert (None if piece is None else piece[0]) == start
 
 
 def test_only_what_has_the_shape_of_a_sharded_one_is_cut_like_it(mesh):
