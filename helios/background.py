@@ -77,6 +77,11 @@ class BackgroundWriter:
         self._thread.start()
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a job is in flight."""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
     def has_failed(self) -> bool:
         """Whether :meth:`check` would raise."""
         return self._error is not None

@@ -83,9 +83,14 @@ class Run:
             self._validate(boundary)
             if self.schedule.is_due(frequency, boundary, self.state):
                 self._save()
-            stops, saves = session.engine.agree_each(
-                self._wants_stop(boundary), self._wants_save(boundary)
+            saver = session.saver
+            stops, saves, writes = session.engine.agree_each(
+                self._wants_stop(boundary),
+                self._wants_save(boundary),
+                saver is not None and saver.is_writing(),
             )
+            if saver is not None and not writes:
+                saver.complete()
             if saves:
                 self._save()
             if stops:

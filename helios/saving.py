@@ -8,11 +8,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from helios.background import BackgroundWriter
+from helios.background import BackgroundWriter, Files
 from helios.callbacks.base import Callback, overridden
 from helios.checkpoint import CheckpointStore
 from helios.checkpoint.store import MAX_SHARD_BYTES
@@ -94,6 +95,17 @@ class SaveOptions:
                 )
 
 
+@dataclasses.dataclass
+class _Begun:
+    """A checkpoint whose parts the ranks are writing."""
+
+    folder: Path
+    name: str
+    record: dict[str, Any]
+    entries: dict[str, Any] = dataclasses.field(default_factory=dict)
+    failure: str | None = None
+
+
 class Saver:
     """Writes the checkpoints of a session to a store, in the background."""
 
@@ -107,6 +119,7 @@ class Saver:
         self.store, self._options = store, options
         self._session, self._clock = session, clock
         self._background = BackgroundWriter()
+        self._begun: _Begun | None = None
         self._hook_error: BaseException | None = None
         # Those newer than what was resumed from: damaged ones, mostly.
         self._passed_over = set[Path]()
@@ -157,6 +170,7 @@ class Saver:
         Returns when the live tensors have been copied; the rest is written behind. A
         checkpoint that cannot be written is reported, and training goes on.
         """
+        self.complete()
         if self.has_failed():
             self.finish()
         session = self._session
@@ -184,29 +198,16 @@ class Saver:
             self._report(failure)
             return
         files = self._background.snapshot(encoder.files)
-        # The other ranks write theirs at once, so that the main rank can finish alone,
-        # in the background: they are small, unless weights are shared out. It writes
-        # those of the ranks that do not see the folder, one after the other, as
-        # gradients may be among them.
-        entries = dict[str, Any]()
+        parts = files if engine.is_main else {own: files[own]}
+        # The main rank writes for those that do not see the folder. One after the other
+        # they send what they have, as gradients may be among it.
         for rank, sees_it in enumerate(engine.gather_objects(os.path.isdir(folder))):
-            mine = files.get(f"rank_{rank}")
-            tensors: Any = mine if sees_it else engine.broadcast(mine, rank)
-            if rank > 0 and engine.rank == (rank if sees_it else 0):
-                try:
-                    entries |= self.store.write_group(folder, f"rank_{rank}", tensors)
-                except OSError as error:
-                    failure = OSError(f"on rank {engine.rank}: {error}")
-        ranks = engine.gather_objects((own, trees[own], entries, failure))
-        failures = [found for *_, found in ranks if found is not None]
-        if failures:
-            if engine.is_main:
-                shutil.rmtree(folder, ignore_errors=True)  # a full disk may need it
-            self._report(failures[0])
-            return
-        self.mark()
-        if not engine.is_main:
-            return
+            if not sees_it:
+                tensors = engine.broadcast(files.get(f"rank_{rank}"), rank)
+                if engine.is_main:
+                    parts = {**parts, f"rank_{rank}": tensors}
+                elif engine.rank == rank:
+                    parts = {}
         record = {
             "progress": state.dict(),
             "identity": session.identity,
@@ -215,28 +216,69 @@ class Saver:
                 name: value if math.isfinite(value) else str(value)
                 for name, value in session.journal.metrics().items()
             },
-            "trees": {rank: tree for rank, tree, *_ in ranks} | trees,
+            "trees": dict(engine.gather_objects((own, trees[own]))) | trees,
         }
-
-        def write() -> None:
-            try:
-                done = dict[str, Any]()
-                for _, _, found, _ in ranks:
-                    done |= found
-                for file, tensors in files.items():
-                    done |= self.store.write_group(
-                        folder, file, tensors, encoder.aliases[file]
-                    )
-                # Logs must not fall behind what is resumed from.
-                session.journal.flush_writer()
-                self._commit(folder, name, {**record, "files": done})
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)  # a full disk may need it
-                raise
-
-        self._background.submit(write)
+        begun = _Begun(folder, name, record)
+        self.mark()
+        self._background.submit(partial(self._write, begun, parts, encoder.aliases))
+        if engine.world_size > 1:
+            self._begun = begun
         if not self._options.async_save:
             self._background.wait()
+            self.complete()
+
+    def _write(self, begun: _Begun, parts: Files, aliases: Mapping[str, Any]) -> None:
+        """Write this rank's parts; one that is alone completes the checkpoint, too."""
+        is_alone = self._session.engine.world_size == 1
+        try:
+            for group, tensors in parts.items():
+                begun.entries |= self.store.write_group(
+                    begun.folder, group, tensors, aliases.get(group)
+                )
+        except BaseException as error:
+            if is_alone:
+                shutil.rmtree(
+                    begun.folder, ignore_errors=True
+                )  # a full disk may need it
+                raise
+            begun.failure = f"{type(error).__name__}: {error}"
+            return
+        if is_alone:
+            self._seal(begun)
+
+    def is_writing(self) -> bool:
+        """Whether this rank has not written its parts of a checkpoint yet."""
+        return self._begun is not None and self._background.is_busy
+
+    def complete(self) -> None:
+        """Make one whole whose parts all ranks have written; every rank must call."""
+        begun, self._begun = self._begun, None
+        if begun is None:  # as on all others
+            return
+        self._background.wait()
+        engine = self._session.engine
+        ranks = engine.gather_objects((begun.entries, begun.failure))
+        failures = [f"on rank {r}: {why}" for r, (_, why) in enumerate(ranks) if why]
+        if failures:
+            if engine.is_main:
+                shutil.rmtree(begun.folder, ignore_errors=True)
+            self._report(OSError(failures[0]))
+        elif engine.is_main:
+            for entries, _ in ranks:
+                begun.entries |= entries
+            self._background.submit(partial(self._seal, begun))
+            if not self._options.async_save:
+                self._background.wait()
+
+    def _seal(self, begun: _Begun) -> None:
+        try:
+            # Logs must not fall behind what is resumed from.
+            self._session.journal.flush_writer()
+            record = {**begun.record, "files": begun.entries}
+            self._commit(begun.folder, begun.name, record)
+        except BaseException:
+            shutil.rmtree(begun.folder, ignore_errors=True)
+            raise
 
     def _commit(self, folder: Path, name: str, record: dict[str, Any]) -> None:
         best, others = self._options.keep_best, self.store.records()

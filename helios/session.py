@@ -331,6 +331,7 @@ class Session:
         failure = None
         try:
             if self.saver is not None:
+                self.saver.complete()
                 self.saver.finish()
                 self.saver.check_saved()
         except Exception as error:  # the others wait to hear of it

@@ -21,7 +21,7 @@ LIMITS_LINES = {
     "library": 3000,
     "data": 2400,
     "checkpoint": 1050,
-    "saving": 320,
+    "saving": 350,
     "sharding": 150,
     "launching": 150,
     "cli": 400,

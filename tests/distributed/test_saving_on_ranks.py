@@ -5,7 +5,7 @@ import pathlib
 
 from support import run_ranks
 
-from helios.checkpoint import find_last_checkpoint
+from helios.checkpoint import CheckpointStore, find_last_checkpoint
 
 SCRIPT = pathlib.Path(__file__).with_name("saving_script.py")
 
@@ -33,3 +33,13 @@ def test_rank_that_cannot_write_is_named_and_leaves_nothing(tmp_path):
         assert "the last checkpoint could not be written" in report["error"]
         assert report["writes"] == 0
     assert list((tmp_path / "checkpoints" / "ids").iterdir()) == []
+
+
+def test_no_rank_waits_for_the_disk_of_another(tmp_path):
+    main, other = run(tmp_path, "behind")
+    assert main["is_finished"]
+    assert other["was_behind"]
+    assert all(other["was_behind"])
+    store = CheckpointStore(tmp_path / "checkpoints" / "ids")
+    steps = [r["progress"]["current_iteration"] for r in store.records().values()]
+    assert {*steps} == {2, 4, 6}
