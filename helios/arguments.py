@@ -66,6 +66,10 @@ def check_arguments(trainer: Trainer) -> None:
         value = given[name]
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"`{name}` must be an int >= 1 or None, got {value!r}")
+    hang_s = trainer.hang_timeout_s
+    is_number = isinstance(hang_s, int | float) and not isinstance(hang_s, bool)
+    if hang_s is not None and not (is_number and hang_s > 0):
+        raise ValueError(f"`hang_timeout_s` must be > 0 or None, got {hang_s!r}")
     if trainer.random_seed is not None and not -(2**63) <= trainer.random_seed < 2**63:
         raise ValueError(f"`random_seed` must have 64 bits, got {trainer.random_seed}")
     if trainer.src_root is not None and not os.path.isdir(trainer.src_root):

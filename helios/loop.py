@@ -374,6 +374,7 @@ def evaluate(
             after(number)
             for hook in hooks:
                 hook(session, number)
+            session.beats += 1
             if is_test and engine.agree(session.stop_reason is not None):
                 return False
     engine.rows = None

@@ -58,6 +58,7 @@ class Session:
         self.callbacks = list(callbacks)
         self.batches_per_epoch: int | None = None
         self.valid_batches: int | None = None
+        self.beats = 0  #: batches of evaluations so far: a sign of life
         #: Where this rank's loaders stand; saved and restored as it is.
         self.reading: dict[str, Any] = {}
         self._model = model

@@ -31,6 +31,7 @@ from helios.saving import KeepBest, SaveOptions
 from helios.session import Session
 from helios.signals import stop_on_signals
 from helios.state import Schedule, TrainingState, TrainingUnit
+from helios.watchdog import watched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,6 +90,7 @@ class Trainer:
     max_shard_bytes: int = MAX_SHARD_BYTES  #: of a checkpoint's files
     allow_inexact: bool = False  #: resume also where exactness is lost
     async_save: bool = True  #: write checkpoints behind the training
+    hang_timeout_s: float | None = None  #: without a batch: the run is ended
     train_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
     test_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
 
@@ -192,7 +194,10 @@ class Trainer:
         was_resumed = session.restore(self.resume, allow_inexact=self.allow_inexact)
         step = session.state.current_iteration
         self._open_logs(session, purge_step=step + 1 if step else 0)
-        with stop_on_signals(session.request_stop, session.request_save):
+        with (
+            stop_on_signals(session.request_stop, session.request_save),
+            watched(session, self.hang_timeout_s),
+        ):
             is_finished = Run(session, model, datamodule, was_resumed).fit()
             session.wait_for_checkpoint()
         state = self._state = session.state
@@ -219,7 +224,10 @@ class Trainer:
             else:
                 session.state = self._state
             self._open_logs(session, purge_step=None)
-            with stop_on_signals(session.request_stop):
+            with (
+                stop_on_signals(session.request_stop),
+                watched(session, self.hang_timeout_s),
+            ):
                 return evaluate(session, model, loader, phase)
 
     def _set_up_data(self, engine: Engine, datamodule: DataModule) -> None:

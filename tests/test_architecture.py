@@ -23,6 +23,7 @@ LIMITS_LINES = {
     "checkpoint": 1050,
     "saving": 350,
     "sharding": 150,
+    "watchdog": 150,
     "launching": 150,
     "cli": 400,
     "testing": 400,
@@ -80,6 +81,7 @@ LAYERS = {
     "saving": 3,
     "session": 3,
     "journal": 3,
+    "watchdog": 3,
     # the loops
     "loop": 4,
     "callbacks": 4,

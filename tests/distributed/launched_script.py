@@ -29,12 +29,19 @@ class NetModel(helios.Model):
             if how == "raise":
                 raise ValueError("on purpose")
             os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_iteration == 3 and self.rank == 1 and how == "hang":
+            (folder / "failed_at_s").write_text(str(time.time()))
+            self.wait_for_ever()
         if state.global_iteration >= 3 and how == "wait":
             (folder / f"waits_{self.rank}").write_text(str(os.getpid()))
             time.sleep(0.5)  # the signal comes meanwhile
         self.backward((self.net(batch[1])[:, 0] - batch[2]).square().mean())
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def wait_for_ever(self):
+        while True:
+            time.sleep(1)
 
 
 how, folder = sys.argv[1], pathlib.Path(sys.argv[2])

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -91,6 +92,28 @@ def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(tmp_path)
     assert code == 0, output
     found = reports(tmp_path / "a")
     code, output = end(start(tmp_path / "b", num_processes=3))
+    assert code == 0, output
+    assert found == reports(tmp_path / "b")
+
+
+def test_hung_rank_ends_the_job_and_is_named_and_the_same_command_goes_on(tmp_path):
+    options = {"num_processes": 3, "hang_timeout_s": 4, "async_save": False}
+    code, output = end(start(tmp_path / "a", "hang", **options))
+    assert code == 1, output
+    assert seconds_since_failure(tmp_path / "a") < 4 + 15
+    assert re.search(
+        r"rank 0: NO BATCH HAS ENDED FOR 4 S; it is in train_step, ", output
+    )
+    assert re.search(r"rank 1: NO BATCH .* it is in wait_for_ever, .*\.py:\d+", output)
+    for rank in (0, 2):
+        assert re.search(rf"^rank {rank}: in train_step, .*, batch 3$", output, re.M)
+    assert re.search(r"^rank 1: in wait_for_ever, .*, step 3, batch 3$", output, re.M)
+    assert re.search(r"^behind: rank 1$", output, re.M)
+    code, output = end(start(tmp_path / "a", **options))
+    assert code == 0, output
+    assert "resumed from" in output
+    found = reports(tmp_path / "a")
+    code, output = end(start(tmp_path / "b", **options))
     assert code == 0, output
     assert found == reports(tmp_path / "b")
 

@@ -1,0 +1,93 @@
+"""A run in which nothing goes on is ended, and says where it is."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from support import IdModel, IndexData, train
+
+import helios
+
+SCRIPT = """
+import sys, time
+import helios
+from support import IdModel, IndexData, IndexDataset
+
+place, root = sys.argv[1:]
+
+def hang(where):
+    while where == place:
+        time.sleep(1)
+
+class HangingDataset(IndexDataset):
+    def __getitem__(self, index):
+        if index == 5:
+            hang("worker")
+        return index
+
+class HangingData(IndexData):
+    def setup(self):
+        super().setup()
+        self._train_phases.clear()
+        params = {"batch_size": 4, "num_workers": 1}
+        self._add_train_phase(HangingDataset(12), params)
+
+class HangingModel(IdModel):
+    def train_step(self, batch, state):
+        super().train_step(batch, state)
+        if state.current_iteration == 1:
+            hang("step")
+    def valid_step(self, batch, step):
+        hang("validation")
+    def test_step(self, batch, step):
+        hang("test")
+    def on_training_epoch_end(self, current_epoch):
+        hang("hook")
+
+trainer = helios.Trainer(
+    use_cpu=True, total_steps=1, valid_frequency=1, hang_timeout_s=2, log_root=root,
+    enable_file_logging=True, chkpt_root=root, run_name="run", print_banner=False,
+)
+model, data = HangingModel(), HangingData()
+trainer.fit(model, data)
+trainer.test(model, data)
+"""
+PLACES = {
+    "step": r"in hang, .*, epoch 0, step 1, batch 1",
+    "validation": r"in hang, .*, epoch 1, step 3, batch 3",
+    "hook": r"in hang, .*, step 3, batch 3",
+    "test": r"in hang, .*, epoch 1, step 3, batch 3",
+    "worker": r"in <module>, .*, epoch 0, step 1, batch 1",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_run_in_which_nothing_goes_on_is_ended_and_says_where_it_is(tmp_path, place):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", place, tmp_path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr
+    for said in (done.stderr, (tmp_path / "run.log").read_text()):
+        assert re.search(r"NO BATCH HAS ENDED FOR 2 S; it is " + PLACES[place], said)
+        assert "thread MainThread:" in said
+        assert said.count("NO BATCH") == 1
+
+
+def test_run_that_goes_on_is_left_alone(tmp_path):
+    finished, _ = train(
+        IdModel(), IndexData(), tmp_path, total_steps=2, hang_timeout_s=0.5
+    )
+    assert finished
+
+
+@pytest.mark.parametrize("value", [0, -1, "1", True])
+def test_time_that_is_none_is_refused(value):
+    with pytest.raises(ValueError, match="`hang_timeout_s` must be > 0 or None"):
+        helios.Trainer(total_steps=1, hang_timeout_s=value)
