@@ -870,6 +870,26 @@ def test_crafted_records_are_refused(tmp_path: Path, changes: dict[str, Any]) ->
     write(CheckpointStore(tmp_path), "b", 2)
 
 
+@pytest.mark.parametrize("what", ["open", "safe_open"])
+def test_a_disk_that_cannot_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    store = CheckpointStore(tmp_path)
+    write(store, "a", 1)
+    bad = write(store, "b", 2)
+    real = getattr(tensors_module, what, open)
+
+    def failing(path: Path, *args: Any, **options: Any) -> Any:
+        if bad in Path(path).parents:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(tensors_module, what, failing, raising=False)
+    reports: list[str] = []
+    assert step_of(store.find_last(reports.append)) == 1
+    assert "model.safetensors: [Errno 5] Input/output error" in reports[0]
+
+
 def test_a_link_to_nothing_is_passed_over_with_a_bar_too(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     write(store, "a", 1)
