@@ -66,6 +66,9 @@ def check_arguments(trainer: Trainer) -> None:
         value = given[name]
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"`{name}` must be an int >= 1 or None, got {value!r}")
+    restarts = trainer.max_restarts
+    if type(restarts) is not int or restarts < 0:
+        raise ValueError(f"`max_restarts` must be an int >= 0, got {restarts!r}")
     hang_s = trainer.hang_timeout_s
     is_number = isinstance(hang_s, int | float) and not isinstance(hang_s, bool)
     if hang_s is not None and not (is_number and hang_s > 0):

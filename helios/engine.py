@@ -34,8 +34,6 @@ from helios.errors import LaunchError
 
 #: Where a torch optimizer does its own work, unless there is a scaler.
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
-
-
 _EXIT_S = 0.2
 #: How values of several batches and ranks become one.
 REDUCTIONS = ("mean", "sum", "max", "min")

@@ -33,12 +33,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start_ranks_if_asked(
-    *, use_cpu: bool | None, gpus: Sequence[int] | None, num_processes: int | None
+    *,
+    use_cpu: bool | None,
+    gpus: Sequence[int] | None,
+    num_processes: int | None,
+    max_restarts: int = 0,
 ) -> None:
     """Start this program's ranks, if it needs any; then it does not return.
 
     The ranks run the same command. This process waits for them, passes SIGTERM and
-    SIGINT on, and ends with the exit status of the one that failed first, or 0.
+    SIGINT on, and ends with the exit status of the one that failed first, or 0. Before
+    that it starts all of them anew where one has failed, `max_restarts` times.
 
     Raises:
         LaunchError: there are not so many GPUs, or the command is not known.
@@ -80,7 +85,7 @@ def start_ranks_if_asked(
         os.environ[CHOSEN] = ",".join(map(str, gpus))
     for name, value in environment.items():
         os.environ.setdefault(name, value)
-    _start(count)
+    _start(count, max_restarts)
 
 
 def _has_command() -> bool:
@@ -107,7 +112,7 @@ def _adopt_slurm() -> None:
     }
 
 
-def _start(count: int) -> NoReturn:
+def _start(count: int, max_restarts: int) -> NoReturn:
     # Imported here: it takes a second that only this process has to wait.
     from torch.distributed.elastic.multiprocessing import (
         DefaultLogsSpecs,
@@ -117,6 +122,9 @@ def _start(count: int) -> NoReturn:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ[_STARTER] = str(os.getpid())
+    # The ranks' store lives as long as they: those of a second attempt would read the
+    # first one's addresses in the launcher's.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logger = get_root_logger()
     try:
         with tempfile.TemporaryDirectory() as folder:  # else one would stay there
@@ -127,7 +135,7 @@ def _start(count: int) -> NoReturn:
                 run_id=uuid.uuid4().hex,
                 rdzv_backend="c10d",
                 rdzv_endpoint="localhost:0",
-                max_restarts=0,
+                max_restarts=max_restarts,
                 logs_specs=DefaultLogsSpecs(folder),
             )
             elastic_launch(config, sys.executable)(*sys.orig_argv[1:])

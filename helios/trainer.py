@@ -80,6 +80,7 @@ class Trainer:
     accelerator: Accelerator | None = None  #: honoured in all that it was built with
     mixed_precision: str | None = None  #: "no", "bf16" or "fp16"
     num_processes: int | None = None  #: ranks; started, where no launcher did it
+    max_restarts: int = 0  #: of those that it starts, all at once, where one fails
     log_with: Any = None  #: trackers of Accelerate
     callbacks: Sequence[Callback] = ()  #: called in this order, after the model's hooks
     resume: PathLike = "auto"  #: or "never", "must", or the path of a checkpoint
@@ -341,7 +342,10 @@ class Trainer:
     def _start_ranks(self) -> None:
         if self.accelerator is None:  # else it knows its ranks
             start_ranks_if_asked(
-                use_cpu=self.use_cpu, gpus=self.gpus, num_processes=self.num_processes
+                use_cpu=self.use_cpu,
+                gpus=self.gpus,
+                num_processes=self.num_processes,
+                max_restarts=self.max_restarts,
             )
 
     def _make_engine(self) -> Engine:

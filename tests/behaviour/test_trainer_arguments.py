@@ -27,6 +27,7 @@ SCHEDULES = [
     ({"chkpt_frequency": True}, WRONG, "`chkpt_frequency` must be an int.*, got True"),
     ({"print_frequency": 0}, ValueError, "`print_frequency` must be .*>= 1.*, got 0"),
     ({"print_frequency": "2"}, WRONG, "`print_frequency` must be an int.*, got '2'"),
+    ({"max_restarts": -1}, ValueError, "`max_restarts` must be an int >= 0, got -1"),
     ({"accumulation_steps": 0}, ValueError, "`accumulation_steps` .* >= 1.*, got 0"),
     ({"accumulation_steps": 2.0}, WRONG, "`accumulation_steps` .* int.*, got 2.0"),
     ({"early_stop_cycles": 0}, ValueError, "`early_stop_cycles` .* >= 1.*, got 0"),

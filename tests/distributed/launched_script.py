@@ -24,7 +24,8 @@ class NetModel(helios.Model):
         self.optimizer = torch.optim.Adam(self.net.parameters())
 
     def train_step(self, batch, state):
-        if state.global_iteration == 3 and self.rank == 1 and how in ("raise", "kill"):
+        fails = how in ("raise", "kill") or (how == "kill once" and not has_failed)
+        if state.global_iteration == 3 and self.rank == 1 and fails:
             (folder / "failed_at_s").write_text(str(time.time()))
             if how == "raise":
                 raise ValueError("on purpose")
@@ -46,6 +47,7 @@ class NetModel(helios.Model):
 
 how, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 options = json.loads(sys.argv[3])
+has_failed = (folder / "failed_at_s").exists()
 model = NetModel("net")
 is_finished, _ = train(model, RandomData(), folder / "runs", **options)
 rank = os.environ.get("RANK", "0")

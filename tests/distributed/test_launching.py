@@ -96,6 +96,20 @@ def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(tmp_path)
     assert found == reports(tmp_path / "b")
 
 
+def test_job_is_started_anew_as_often_as_is_asked(tmp_path):
+    options = {"num_processes": 2, "async_save": False}
+    code, output = end(start(tmp_path / "a", "kill once", max_restarts=1, **options))
+    assert code == 0, output
+    assert "resumed from net_epoch_1_iter_3" in output
+    found = reports(tmp_path / "a")
+    code, output = end(start(tmp_path / "b", **options))
+    assert code == 0, output
+    assert found == reports(tmp_path / "b")
+    code, output = end(start(tmp_path / "c", "kill", max_restarts=1, **options))
+    assert code == 128 + signal.SIGKILL, output
+    assert output.count("resumed from net_epoch_1_iter_3") == 1
+
+
 def test_hung_rank_ends_the_job_and_is_named_and_the_same_command_goes_on(tmp_path):
     options = {"num_processes": 3, "hang_timeout_s": 4, "async_save": False}
     code, output = end(start(tmp_path / "a", "hang", **options))

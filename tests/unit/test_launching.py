@@ -23,7 +23,7 @@ def asks(monkeypatch):
     before = dict(os.environ)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
-    def start(count):
+    def start(count, max_restarts):
         raise Started(count)
 
     def ask(*, has_command=True, **given):
