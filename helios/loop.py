@@ -189,6 +189,8 @@ class Run:
         feed = self._feed
         if self.session.engine.agree(feed is not None and feed.error is not None):
             self.session._save()
+            if self.session.saver is not None:
+                self.session.saver.complete()
             if feed is not None:
                 feed.check()
             raise DataError("another rank could not read its next batch; see its log")
