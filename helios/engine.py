@@ -232,6 +232,11 @@ class Engine:
 
     def unwrap(self, module: nn.Module) -> Any:
         """The user's module."""
+        # Accelerate looks for packages on the disk each time, while training waits.
+        is_wrapped = isinstance(module, nn.parallel.DistributedDataParallel)
+        is_compiled = any("_orig_mod" in part._modules for part in module.modules())
+        if self._is_plain and not (is_wrapped or is_compiled):
+            return module
         return self.accelerator.unwrap_model(module, keep_torch_compile=False)
 
     def reduce_mean(self, values: dict[str, Any]) -> dict[str, Any]:

@@ -65,9 +65,11 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what dead writers left behind."""
-        aside = [p for p in self.root.glob("*.replaced") if p.with_suffix("").exists()]
-        for litter in (*self.root.glob(".helios-*"), *aside):
-            shutil.rmtree(litter, ignore_errors=True)
+        for name in os.listdir(self.root) if self.root.is_dir() else ():
+            path = self.root / name
+            is_aside = path.suffix == ".replaced" and path.with_suffix("").exists()
+            if is_aside or name.startswith(".helios-"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def write_group(
         self,

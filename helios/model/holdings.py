@@ -66,8 +66,14 @@ class Holdings:
 
         That of the networks is under their own names.
         """
-        kinds = self._stateful(unwrap)
-        return {kind: {k: _get(v) for k, v in kinds[kind].items()} for kind in kinds}
+        kinds = {**vars(self), "networks": {}}
+        found = {kind: {k: _get(v) for k, v in kinds[kind].items()} for kind in kinds}
+        return {**found, "networks": self.capture_networks(unwrap)}
+
+    def capture_networks(self, unwrap: Unwrap) -> dict[str, Any]:
+        """The states of the networks that have one, under their own names."""
+        states = {k: _get(unwrap(v)) for k, v in self.networks.items()}
+        return {k: state for k, state in states.items() if state}
 
     def restore(
         self, tree: Mapping[str, Any], unwrap: Unwrap, for_inference: bool = False

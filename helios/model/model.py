@@ -251,7 +251,7 @@ class Model(abc.ABC):
 
     def trained_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """What to publish: the networks' weights, by the network's attribute."""
-        return self._holdings().capture(self.unwrap)["networks"]
+        return self._holdings().capture_networks(self.unwrap)
 
     # Thin calls.
 
