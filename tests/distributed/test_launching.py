@@ -83,28 +83,31 @@ def test_rank_that_raises_ends_the_job_with_its_traceback(tmp_path):
     assert seconds_since_failure(tmp_path) < 15
 
 
+def check_resumed(folder, code, output, **options):
+    """Hold a run that went on in folder "a" against one that was not interrupted."""
+    assert code == 0, output
+    assert "resumed from net_epoch_1_iter_" in output
+    found = reports(folder / "a")
+    code, output = end(start(folder / "b", **options))
+    assert code == 0, output
+    assert found == reports(folder / "b")
+
+
 def test_rank_that_is_killed_ends_the_job_and_the_same_command_goes_on(tmp_path):
-    code, output = end(start(tmp_path / "a", "kill", num_processes=3))
+    # The last checkpoint is whole before the step in which it is killed.
+    options = {"num_processes": 3, "async_save": False}
+    code, output = end(start(tmp_path / "a", "kill", **options))
     assert code == 128 + signal.SIGKILL, output
     assert "rank 1 failed first, with exit status -9" in output
     assert seconds_since_failure(tmp_path / "a") < 15
-    code, output = end(start(tmp_path / "a", num_processes=3))
-    assert code == 0, output
-    found = reports(tmp_path / "a")
-    code, output = end(start(tmp_path / "b", num_processes=3))
-    assert code == 0, output
-    assert found == reports(tmp_path / "b")
+    code, output = end(start(tmp_path / "a", **options))
+    check_resumed(tmp_path, code, output, **options)
 
 
 def test_job_is_started_anew_as_often_as_is_asked(tmp_path):
     options = {"num_processes": 2, "async_save": False}
     code, output = end(start(tmp_path / "a", "kill once", max_restarts=1, **options))
-    assert code == 0, output
-    assert "resumed from net_epoch_1_iter_3" in output
-    found = reports(tmp_path / "a")
-    code, output = end(start(tmp_path / "b", **options))
-    assert code == 0, output
-    assert found == reports(tmp_path / "b")
+    check_resumed(tmp_path, code, output, **options)
     code, output = end(start(tmp_path / "c", "kill", max_restarts=1, **options))
     assert code == 128 + signal.SIGKILL, output
     assert output.count("resumed from net_epoch_1_iter_3") == 1
@@ -124,12 +127,7 @@ def test_hung_rank_ends_the_job_and_is_named_and_the_same_command_goes_on(tmp_pa
     assert re.search(r"^rank 1: in wait_for_ever, .*, step 3, batch 3$", output, re.M)
     assert re.search(r"^behind: rank 1$", output, re.M)
     code, output = end(start(tmp_path / "a", **options))
-    assert code == 0, output
-    assert "resumed from" in output
-    found = reports(tmp_path / "a")
-    code, output = end(start(tmp_path / "b", **options))
-    assert code == 0, output
-    assert found == reports(tmp_path / "b")
+    check_resumed(tmp_path, code, output, **options)
 
 
 def pids_of_ranks(folder):
