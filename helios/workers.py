@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import signal
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import _utils, dataloader
@@ -37,6 +39,19 @@ class WorkersIterator(dataloader._MultiProcessingDataLoaderIter):
             is_found, data = super()._try_get_data(wait)  # type: ignore[no-untyped-call]
             if is_found or left <= _CHECK_INTERVAL_S:
                 return is_found, data
+
+
+@contextlib.contextmanager
+def forking(ignored: Iterable[signal.Signals]) -> Iterator[None]:
+    """Hold back what workers ignore, and must not do, before their first line."""
+    before, collects = signal.pthread_sigmask(signal.SIG_BLOCK, ignored), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _silence_handler() -> None:

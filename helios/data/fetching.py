@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import signal
 import traceback
 from collections.abc import Callable, Mapping
@@ -26,6 +27,9 @@ _SHOWN = 8
 
 def init_worker(worker_id: int) -> None:
     """Have a loader's worker ignore what asks a run to save or stop, and unblock it."""
+    # To let go of its parent's garbage, pinned or on a GPU, would abort the worker.
+    gc.freeze()
+    gc.enable()
     # A signal to all processes must not take the workers of a run that is to be saved.
     for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -24,7 +24,7 @@ from helios.data.requests import StreamRequests
 from helios.data.streams import StreamedDataset
 from helios.errors import DataError
 from helios.rng import get_default_seed
-from helios.workers import WorkersIterator, end_workers
+from helios.workers import WorkersIterator, end_workers, forking
 
 # A worker's tensors come through a socket, which may be felt to break first.
 _SIGNS_OF_DEATH = (RuntimeError, OSError, EOFError)
@@ -135,11 +135,8 @@ class ResumableDataLoader(DataLoader[Any]):
         self.check_worker_number_rationality()
         if self.multiprocessing_context is not None:
             resource_tracker.ensure_running()  # its start would unblock the signals
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, fetching.IGNORED_SIGNALS)
-        try:
+        with forking(fetching.IGNORED_SIGNALS):
             iterator = WorkersIterator(self)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         ended = id(iterator), iterator._workers
         util.Finalize(iterator, end_workers, ended, exitpriority=0)
         return iterator

@@ -692,6 +692,43 @@ def test_group_signal_does_not_take_the_workers(name):
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
+class Garbage:
+    """In a cycle with itself; tells where it is let go of."""
+
+    def __init__(self, path):
+        self.path, self.self = path, self
+
+    def __del__(self):
+        with open(self.path, "a") as file:
+            print(os.getpid(), file=file)
+
+
+class Collecting(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        gc.collect()
+        return index, int(gc.isenabled())
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_worker_leaves_the_garbage_of_its_parent_alone(tmp_path, collects):
+    path = tmp_path / "deleted"
+    gc.collect()
+    try:
+        if not collects:
+            gc.disable()
+        Garbage(path)
+        loader, _ = create_dataloader(Collecting(), {"num_workers": 1})
+        assert [batch[1].item() for batch in loader] == [1, 1]
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+    gc.collect()
+    assert path.read_text().split() == [str(os.getpid())]
+
+
 @pytest.mark.parametrize("persistent", [True, False])
 def test_process_with_a_live_iterator_exits_at_once(persistent):
     script = f"""
