@@ -35,7 +35,7 @@ def helios(task):
     trainer = library.Trainer(
         train_unit="iteration",
         total_steps=task.steps,
-        use_cpu=True,
+        use_cpu=getattr(task, "use_cpu", True),
         print_banner=False,
         enable_progress_bar=task.features,
         enable_tensorboard=task.features,

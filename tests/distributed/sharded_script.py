@@ -1,7 +1,8 @@
-"""Run by test_sharded.py on each rank: FSDP2 (or DDP), through Accelerate, on CPUs.
+"""Run by test_sharded.py on each rank: FSDP2 (or DDP), through Accelerate.
 
 Arguments: a folder, and in JSON a list of runs, each with the folder of its checkpoints
 and its options, and the Accelerator's options. What comes of each run is written down.
+On CPUs, unless a ``backend`` is named: the ranks are then on a GPU, which they share.
 """
 
 import json
@@ -10,7 +11,11 @@ import sys
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    InitProcessGroupKwargs,
+)
 from support import RandomData, StopAt, digest, train
 from torch import nn
 from torch.utils.data import default_collate
@@ -101,15 +106,19 @@ def run(folder, accelerator, options):
         "networks": digest(found["net"]),
         "last": [tensor.flatten().tolist() for tensor in found["net"].values()],
         "type": type(next(model.net.parameters())).__name__,
+        "device": str(next(model.net.parameters()).device),
     }
 
 
-def make_accelerator(fsdp_version=2, **options):
+def make_accelerator(fsdp_version=2, backend=None, **options):
+    if backend is not None:
+        options["kwargs_handlers"] = [InitProcessGroupKwargs(backend=backend)]
     if fsdp_version is None:
-        return Accelerator(cpu=True, **options)
-    state = PartialState(cpu=True)
-    # Accelerate shards on GPUs only; torch can do so on any device.
-    state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return Accelerator(cpu=backend is None, **options)
+    if backend is None:
+        state = PartialState(cpu=True)
+        # Accelerate shards on GPUs only; torch can do so on any device.
+        state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     plugin = FullyShardedDataParallelPlugin(fsdp_version=fsdp_version)
     return Accelerator(fsdp_plugin=plugin, **options)
 
