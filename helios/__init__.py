@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from helios.errors import HeliosError as HeliosError
     from helios.model.model import BatchPhase as BatchPhase
     from helios.model.model import Model as Model
-    from helios.saving import KeepBest as KeepBest
+    from helios.retention import KeepBest as KeepBest
     from helios.session import Session as Session
     from helios.state import TrainingState as TrainingState
     from helios.state import TrainingUnit as TrainingUnit
@@ -24,7 +24,7 @@ _HOMES = {
     "helios.data.params": ["DataLoaderParams"],
     "helios.errors": ["HeliosError"],
     "helios.model.model": ["BatchPhase", "Model"],
-    "helios.saving": ["KeepBest"],
+    "helios.retention": ["KeepBest"],
     "helios.session": ["Session"],
     "helios.state": ["TrainingState", "TrainingUnit"],
     "helios.trainer": ["Trainer"],

@@ -1,7 +1,7 @@
 """Writing behind the training: a copy in host memory, and one thread."""
 
-import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
 
 import torch
@@ -13,13 +13,14 @@ Files: TypeAlias = dict[str, dict[str, Tensor]]
 
 
 class BackgroundWriter:
-    """Runs at most one job at a time, on a thread that lives as long as its job.
+    """Runs at most one job at a time, on a thread that stays: to start one takes time.
 
-    It is no daemon: the interpreter does not end in the middle of one.
+    The interpreter does not end in the middle of a job.
     """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._thread = ThreadPoolExecutor(1, "helios-writer")
+        self._job: Future[None] | None = None
         self._error: BaseException | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
@@ -73,13 +74,12 @@ class BackgroundWriter:
     def submit(self, job: Callable[[], None]) -> None:
         """Run ``job`` in the background, once the one in flight is done."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(job,))
-        self._thread.start()
+        self._job = self._thread.submit(self._run, job)
 
     @property
     def is_busy(self) -> bool:
         """Whether a job is in flight."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._job is not None and not self._job.done()
 
     @property
     def has_failed(self) -> bool:
@@ -94,9 +94,14 @@ class BackgroundWriter:
 
     def wait(self) -> None:
         """Wait for the job in flight; :meth:`check` tells how it went."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        if self._job is not None:
+            self._job.result()
+            self._job = None
+
+    def close(self) -> None:
+        """Wait for the job in flight, and end the thread: no other can follow."""
+        self.wait()
+        self._thread.shutdown()
 
     def _run(self, job: Callable[[], None]) -> None:
         try:

@@ -1,4 +1,4 @@
-"""Saving: when beside the schedule a checkpoint is due, how it is made, which stay."""
+"""Saving: when beside the schedule a checkpoint is due, and how it is made."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from helios.background import BackgroundWriter, Files
 from helios.callbacks.base import Callback, overridden
 from helios.checkpoint import CheckpointStore
-from helios.checkpoint.store import MAX_SHARD_BYTES
 from helios.errors import CheckpointError
+from helios.retention import SaveOptions
 from helios.state import TrainingUnit, check_name
 
 if TYPE_CHECKING:
@@ -28,80 +28,14 @@ TRIGGER = "save"
 _LOOK_EVERY_S = 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class KeepBest:
-    """The checkpoints that have the best values of a metric, for `keep_best`.
-
-    The value is the one that was logged under that name at the step of the checkpoint:
-    validate as often as you save. NaN is never the best.
-    """
-
-    metric: str  #: the name under which it is logged
-    mode: str = "max"  #: or "min"
-    count: int = 1
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("max", "min"):
-            raise ValueError(f'`mode` must be "max" or "min", got {self.mode!r}')
-        if type(self.count) is not int or self.count < 1:
-            raise ValueError(f"`count` must be an int >= 1, got {self.count!r}")
-
-    def best(self, found: Mapping[Path, Mapping[str, Any]]) -> list[Path]:
-        """The best of some checkpoints, by their records; the newer of equal ones."""
-        values = {path: self._value(record) for path, record in found.items()}
-        with_one = [path for path in found if not math.isnan(values[path])]
-        sign = 1 if self.mode == "min" else -1
-        return sorted(with_one, key=lambda path: sign * values[path])[: self.count]
-
-    def _value(self, record: Mapping[str, Any]) -> float:
-        value = record.get("metrics", {}).get(self.metric)
-        return math.nan if value is None else float(value)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SaveOptions:
-    """How a run saves, as the Trainer's arguments of these names say.
-
-    Raises:
-        TypeError, ValueError: wrong values, naming the argument.
-    """
-
-    chkpt_interval_s: float | None = None
-    keep_last: int | None = None
-    keep_every: int | None = None
-    keep_best: KeepBest | None = None
-    async_save: bool = True
-    max_shard_bytes: int = MAX_SHARD_BYTES
-
-    def __post_init__(self) -> None:
-        for name in ("keep_last", "keep_every", "max_shard_bytes"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"`{name}` must be an int >= 1 or None, got {value!r}")
-        interval = self.chkpt_interval_s
-        is_number = isinstance(interval, int | float) and type(interval) is not bool
-        if interval is not None and not (is_number and interval > 0):
-            raise ValueError(
-                f"`chkpt_interval_s` must be > 0 seconds or None, got {interval!r}"
-            )
-        if not isinstance(self.keep_best, KeepBest | None):
-            raise TypeError(
-                f"`keep_best` must be a helios.KeepBest, got {self.keep_best!r}"
-            )
-        for name in ("keep_every", "keep_best"):
-            if getattr(self, name) is not None and self.keep_last is None:
-                raise ValueError(
-                    f"`{name}` needs `keep_last`: without it all checkpoints are kept"
-                )
-
-
 @dataclasses.dataclass
 class _Begun:
     """A checkpoint whose parts the ranks are writing."""
 
-    folder: Path
     name: str
-    record: dict[str, Any]
+    size_bytes: int
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    folder: Path = Path()
     entries: dict[str, Any] = dataclasses.field(default_factory=dict)
     failure: str | None = None
 
@@ -184,31 +118,14 @@ class Saver:
         at = f"epoch_{state.global_epoch}_iter_{state.current_iteration}"
         name = model.append_metadata_to_chkpt_name(f"{model.save_name}_{at}")
         check_name("append_metadata_to_chkpt_name", name)
-        sizes = engine.gather_objects(
-            sum(t.nbytes for group in encoder.files.values() for t in group.values())
-        )
-        folder, failure = None, None
-        if engine.is_main:
-            try:
-                folder = self.store.begin(name, size_bytes=sum(sizes))
-            except OSError as error:
-                failure = error
-        folder = engine.broadcast(folder)
-        if folder is None:
-            self._report(failure)
+        size = sum(t.nbytes for ts in encoder.files.values() for t in ts.values())
+        begun = _Begun(name, sum(engine.gather_objects(size)))
+        if engine.world_size > 1 and not self._open(begun):
             return
-        files = self._background.snapshot(encoder.files)
-        parts = files if engine.is_main else {own: files[own]}
-        # The main rank writes for those that do not see the folder. One after the other
-        # they send what they have, as gradients may be among it.
-        for rank, sees_it in enumerate(engine.gather_objects(os.path.isdir(folder))):
-            if not sees_it:
-                tensors = engine.broadcast(files.get(f"rank_{rank}"), rank)
-                if engine.is_main:
-                    parts = {**parts, f"rank_{rank}": tensors}
-                elif engine.rank == rank:
-                    parts = {}
-        record = {
+        files = parts = self._background.snapshot(encoder.files)
+        if engine.world_size > 1:
+            parts = self._share_out(begun.folder, files)
+        begun.record = {
             "progress": state.dict(),
             "identity": session.identity,
             # JSON has no others: "nan", "inf" and "-inf" are what `float` takes back.
@@ -218,7 +135,6 @@ class Saver:
             },
             "trees": dict(engine.gather_objects((own, trees[own]))) | trees,
         }
-        begun = _Begun(folder, name, record)
         self.mark()
         self._background.submit(partial(self._write, begun, parts, encoder.aliases))
         if engine.world_size > 1:
@@ -227,19 +143,52 @@ class Saver:
             self._background.wait()
             self.complete()
 
+    def _open(self, begun: _Begun) -> bool:
+        """Make the folder that all ranks write into; every rank must call."""
+        failure = None
+        if self._session.engine.is_main:
+            try:
+                begun.folder = self.store.begin(begun.name, begun.size_bytes)
+            except OSError as error:
+                failure = error
+        found = begun.folder if failure is None else None
+        found = self._session.engine.broadcast(found)
+        if found is None:
+            self._report(failure)
+            return False
+        begun.folder = found
+        return True
+
+    def _share_out(self, folder: Path, files: Files) -> Files:
+        """What this rank is to write; every rank must call.
+
+        The main rank writes for those that do not see the folder. One after the other
+        they send what they have, as gradients may be among it.
+        """
+        engine, own = self._session.engine, self._session._own
+        parts = files if engine.is_main else {own: files[own]}
+        for rank, sees_it in enumerate(engine.gather_objects(os.path.isdir(folder))):
+            if not sees_it:
+                tensors = engine.broadcast(files.get(f"rank_{rank}"), rank)
+                if engine.is_main:
+                    parts = {**parts, f"rank_{rank}": tensors}
+                elif engine.rank == rank:
+                    parts = {}
+        return parts
+
     def _write(self, begun: _Begun, parts: Files, aliases: Mapping[str, Any]) -> None:
         """Write this rank's parts; one that is alone completes the checkpoint, too."""
         is_alone = self._session.engine.world_size == 1
         try:
+            if is_alone:  # as making the folder takes time, too
+                begun.folder = self.store.begin(begun.name, begun.size_bytes)
             for group, tensors in parts.items():
                 begun.entries |= self.store.write_group(
                     begun.folder, group, tensors, aliases.get(group)
                 )
         except BaseException as error:
             if is_alone:
-                shutil.rmtree(
-                    begun.folder, ignore_errors=True
-                )  # a full disk may need it
+                self._drop(begun)
                 raise
             begun.failure = f"{type(error).__name__}: {error}"
             return
@@ -261,7 +210,7 @@ class Saver:
         failures = [f"on rank {r}: {why}" for r, (_, why) in enumerate(ranks) if why]
         if failures:
             if engine.is_main:
-                shutil.rmtree(begun.folder, ignore_errors=True)
+                self._drop(begun)
             self._report(OSError(failures[0]))
         elif engine.is_main:
             for entries, _ in ranks:
@@ -277,8 +226,13 @@ class Saver:
             record = {**begun.record, "files": begun.entries}
             self._commit(begun.folder, begun.name, record)
         except BaseException:
-            shutil.rmtree(begun.folder, ignore_errors=True)
+            self._drop(begun)
             raise
+
+    def _drop(self, begun: _Begun) -> None:
+        """Remove what has been written: a full disk may need it."""
+        if begun.folder.name:
+            shutil.rmtree(begun.folder, ignore_errors=True)
 
     def _commit(self, folder: Path, name: str, record: dict[str, Any]) -> None:
         best, others = self._options.keep_best, self.store.records()
@@ -319,7 +273,11 @@ class Saver:
             for path, record in found.items() if best is not None else ():
                 if bool(record.get("is_best")) != (path in marked):
                     self.store.amend(path, is_best=path in marked)
-            self._prune(found)
+            is_epochs = self._session.schedule.train_unit is TrainingUnit.EPOCH
+            kept = self._options.kept(found, is_epochs)
+            for path in found:
+                if path not in kept:
+                    self.store.remove(path)
         except (OSError, CheckpointError) as error:
             self._session.logger.error(
                 "OLDER CHECKPOINTS COULD NOT BE MARKED OR DELETED: %s", error
@@ -335,26 +293,6 @@ class Saver:
             *(name, sorted(metrics) or "nothing"),
         )
 
-    def _prune(self, found: Mapping[Path, Mapping[str, Any]]) -> None:
-        """Delete those that need not stay, of these; the newest come first."""
-        options = self._options
-        if options.keep_last is None:
-            return
-        kept = set(list(found)[: options.keep_last])
-        if options.keep_best is not None:
-            kept |= set(options.keep_best.best(found))
-        if options.keep_every is not None:
-            is_epochs = self._session.schedule.train_unit is TrainingUnit.EPOCH
-            unit = "global_epoch" if is_epochs else "current_iteration"
-            for path, record in found.items():
-                progress = record["progress"]
-                is_whole = not is_epochs or progress.get("dataset_iter") == 0
-                if is_whole and progress.get(unit, 0) % options.keep_every == 0:
-                    kept.add(path)
-        for path in found:
-            if path not in kept:
-                self.store.remove(path)
-
     def has_failed(self) -> bool:
         """Whether :meth:`finish` has something to say."""
         return self._background.has_failed or self._hook_error is not None
@@ -369,6 +307,13 @@ class Saver:
         user_error, self._hook_error = self._hook_error, None
         if user_error is not None:
             raise user_error
+
+    def close(self) -> None:
+        """End the writer, after what it has in hand."""
+        try:
+            self.finish()
+        finally:
+            self._background.close()
 
     def check_saved(self) -> None:
         """Raise a CheckpointError where the state as it is could not be saved."""

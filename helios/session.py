@@ -24,7 +24,8 @@ from helios.fingerprint import Cost
 from helios.journal import Journal
 from helios.loggers.text import get_root_logger
 from helios.model.model import Model
-from helios.saving import SaveOptions, Saver
+from helios.retention import SaveOptions
+from helios.saving import Saver
 from helios.sharding import layout_of, like
 from helios.state import Schedule, TrainingState
 
@@ -345,7 +346,7 @@ class Session:
     def close(self) -> None:
         """End the writers, after what they have in hand."""
         if self.saver is not None:
-            self.saver.finish()
+            self.saver.close()
         self._copies.close()
         self.journal.close()
         self.engine.close()

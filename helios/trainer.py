@@ -27,7 +27,7 @@ from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import get_root_logger, text_logging
 from helios.loop import Run, evaluate
 from helios.model.model import BatchPhase, Model
-from helios.saving import KeepBest, SaveOptions
+from helios.retention import KeepBest, SaveOptions
 from helios.session import Session
 from helios.signals import stop_on_signals
 from helios.state import Schedule, TrainingState, TrainingUnit

@@ -46,7 +46,7 @@ class CheckpointStore:
     ) -> None:
         self.root, self.max_shard_bytes = Path(root), max_shard_bytes
 
-    def begin(self, name: str, *, size_bytes: int = 0) -> Path:
+    def begin(self, name: str, size_bytes: int = 0) -> Path:
         """Make the folder to write into.
 
         Raises:

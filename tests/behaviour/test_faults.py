@@ -401,11 +401,6 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def is_saving():
-    main = threading.main_thread()
-    return any(not t.daemon for t in threading.enumerate() if t is not main)
-
-
 class Filler(helios.Callback):
     """Fills the disk after the first epoch, and empties it after the third."""
 
@@ -413,7 +408,7 @@ class Filler(helios.Callback):
         self.file = folder / "filler"
 
     def on_training_epoch_start(self, session):
-        wait_until(lambda: not is_saving())
+        wait_until(lambda: not session.saver._background.is_busy)
         if session.state.global_epoch == 1:
             with (
                 contextlib.suppress(OSError),

@@ -82,13 +82,26 @@ def test_a_failed_job_surfaces_once_with_its_cause() -> None:
     writer.check()
 
 
-def test_there_is_a_thread_only_while_a_job_runs() -> None:
+def test_the_thread_stays_for_further_jobs_and_ends_with_the_writer() -> None:
     before = threading.active_count()
-    writer, inside = BackgroundWriter(), list[int]()
+    writer, inside = BackgroundWriter(), list[threading.Thread]()
     assert threading.active_count() == before
-    writer.submit(lambda: inside.append(threading.active_count()))
+    for _ in range(2):
+        writer.submit(lambda: inside.append(threading.current_thread()))
+        writer.wait()
+    assert inside[0] is inside[1]
+    assert threading.active_count() == before + 1
+    writer.close()
+    assert threading.active_count() == before
+
+
+def test_the_thread_of_a_writer_that_nobody_has_closed_ends_with_it() -> None:
+    before = threading.active_count()
+    writer, inside = BackgroundWriter(), list[threading.Thread]()
+    writer.submit(lambda: inside.append(threading.current_thread()))
     writer.wait()
-    assert inside == [before + 1]
+    del writer
+    inside[0].join(10)
     assert threading.active_count() == before
 
 
