@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from helios import fingerprint, rng
+from helios.adopting import adopt_ranks
 from helios.arguments import check_arguments, check_writable
 from helios.callbacks.base import Callback, overridden
 from helios.callbacks.progress import ProgressBar
@@ -340,6 +341,7 @@ class Trainer:
                 open_writer(None)
 
     def _start_ranks(self) -> None:
+        adopt_ranks()
         if self.accelerator is None:  # else it knows its ranks
             start_ranks_if_asked(
                 use_cpu=self.use_cpu,

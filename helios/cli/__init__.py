@@ -5,6 +5,7 @@ import click
 from helios._version import __version__
 from helios.cli.checkpoint import checkpoint
 from helios.cli.env import env
+from helios.launcher import launch
 from helios.porting.command import port
 
 
@@ -16,4 +17,5 @@ def main() -> None:
 
 main.add_command(checkpoint)
 main.add_command(env)
+main.add_command(launch)
 main.add_command(port)

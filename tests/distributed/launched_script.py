@@ -25,7 +25,9 @@ class NetModel(helios.Model):
 
     def train_step(self, batch, state):
         fails = how in ("raise", "kill") or (how == "kill once" and not has_failed)
-        if state.global_iteration == 3 and self.rank == 1 and fails:
+        is_alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        at = (0, 6) if is_alone else (1, 3)  # after the first epoch
+        if (self.rank, state.global_iteration) == at and fails:
             (folder / "failed_at_s").write_text(str(time.time()))
             if how == "raise":
                 raise ValueError("on purpose")

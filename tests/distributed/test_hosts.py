@@ -27,14 +27,14 @@ CUT_S = 5  # a collective's time, where the network is cut
 
 def torchrun(hosts, number):
     return [
-        *("torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 2),
+        *("-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 2),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].name}:{PORT}"),
     ]
 
 
 def torchrun_with_numbers(hosts, number):
     return [
-        *("torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 2),
+        *("-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 2),
         *("--node-rank", number, "--master-addr", hosts[0].name),
         *("--master-port", PORT),
     ]
@@ -42,8 +42,16 @@ def torchrun_with_numbers(hosts, number):
 
 def accelerate_launch(hosts, number):
     return [
-        *("accelerate.commands.launch", "--multi_gpu", "--num_machines", 2),
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 2),
         *("--num_processes", 4, "--machine_rank", number),
+        *("--main_process_ip", hosts[0].address, "--main_process_port", PORT),
+    ]
+
+
+def helios_launch(hosts, number):
+    return [
+        *("-c", "from helios.cli import main; main()", "launch", "--cpu"),
+        *("--num_machines", 2, "--num_processes", 4, "--machine_rank", number),
         *("--main_process_ip", hosts[0].address, "--main_process_port", PORT),
     ]
 
@@ -61,7 +69,7 @@ def start(hosts, launcher, root, **options):
     arguments = [SCRIPT, folder, root, json.dumps({**OPTIONS, **options})]
     for number, host in enumerate(hosts):
         command = [*launcher(hosts, number), *arguments]
-        host.start(sys.executable, "-m", *map(str, command), env=env)
+        host.start(sys.executable, *map(str, command), env=env)
 
 
 def run(hosts, launcher, root, **options):
@@ -155,10 +163,11 @@ def test_host_without_the_folder_is_killed_and_the_same_command_goes_on(hosts, w
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
-def test_host_is_killed_and_the_same_command_goes_on(hosts, whole, number):
+@pytest.mark.parametrize("launcher", [accelerate_launch, helios_launch])
+def test_host_is_killed_and_the_same_command_goes_on(hosts, whole, launcher, number):
     root = hosts[0].folder / "shared"
     root.mkdir()
-    ended_s = lose(hosts, accelerate_launch, root, hosts[number].kill)
+    ended_s = lose(hosts, launcher, root, hosts[number].kill)
     assert ended_s < 15
     names = ["run.log", *(f"run.rank_{rank}.log" for rank in (1, 2, 3))]
     *logs, curves = files(root / "logs")
@@ -166,7 +175,7 @@ def test_host_is_killed_and_the_same_command_goes_on(hosts, whole, number):
     assert curves.startswith("run/events.")
     assert ".host0." in curves
     assert (root / "prepared").read_text() == "0\n"
-    found, outputs = run(hosts, accelerate_launch, root)
+    found, outputs = run(hosts, launcher, root)
     assert "resumed from net_epoch_1_iter_2" in outputs[0]
     check(found, whole)
 

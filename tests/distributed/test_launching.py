@@ -1,6 +1,5 @@
 """A plain command that starts its ranks, and what becomes of them."""
 
-import json
 import os
 import pathlib
 import re
@@ -10,45 +9,15 @@ import sys
 import time
 
 import pytest
-
-HERE = pathlib.Path(__file__).parent
-SCRIPT = HERE / "launched_script.py"
-OPTIONS = {"total_steps": 3, "chkpt_frequency": 1}
-TIMEOUT_S = 90
-
-
-def start(folder, how="plain", env=(), command=(str(SCRIPT),), **options):
-    folder.mkdir(exist_ok=True)
-    path = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent)])
-    clean = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
-    return subprocess.Popen(
-        [sys.executable, *command, how, folder, json.dumps({**OPTIONS, **options})],
-        env={**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **dict(env)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def end(process):
-    try:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # which its ranks are told
-        output, _ = process.communicate(timeout=TIMEOUT_S)
-        raise AssertionError(f"no end after {TIMEOUT_S} s:\n{output}") from None
-    return process.returncode, output
-
-
-def reports(folder):
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("rank_*"))]
-    for path in folder.glob("rank_*"):
-        path.unlink()
-    return found
-
-
-def seconds_since_failure(folder):
-    return time.time() - float((folder / "failed_at_s").read_text())
+from support.commands import (
+    ROOT,
+    TIMEOUT_S,
+    end,
+    pids_of_ranks,
+    reports,
+    seconds_since_failure,
+    start,
+)
 
 
 @pytest.fixture(scope="module")
@@ -130,17 +99,6 @@ def test_hung_rank_ends_the_job_and_is_named_and_the_same_command_goes_on(tmp_pa
     check_resumed(tmp_path, code, output, **options)
 
 
-def pids_of_ranks(folder):
-    """Waits until two ranks train; their processes."""
-    found, until = [], time.monotonic() + TIMEOUT_S
-    while len(found) < 2 and time.monotonic() < until:
-        time.sleep(0.05)
-        found = [path.read_text() for path in folder.glob("waits_*")]
-        found = [int(text) for text in found if text]
-    assert len(found) == 2
-    return found
-
-
 def test_ranks_do_not_outlive_who_started_them(tmp_path):
     process = start(tmp_path, "wait", num_processes=2, total_steps=1000)
     pids = pids_of_ranks(tmp_path)
@@ -160,7 +118,7 @@ def is_alive(pid):
     return state.split()[0] != "Z"  # nobody may be there to reap it
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_reaches_the_ranks_which_save_and_go_on_later(tmp_path, whole, number):
     process = start(tmp_path, "wait", num_processes=2)
     pids_of_ranks(tmp_path)
@@ -172,6 +130,17 @@ def test_signal_reaches_the_ranks_which_save_and_go_on_later(tmp_path, whole, nu
     assert code == 0, output
     assert "resumed from net_epoch_" in output
     assert reports(tmp_path) == whole
+
+
+def test_request_to_save_reaches_the_ranks_which_go_on(tmp_path, whole):
+    process = start(tmp_path, "wait", num_processes=2, chkpt_frequency=100)
+    pids_of_ranks(tmp_path)
+    process.send_signal(signal.SIGUSR2)
+    code, output = end(process)
+    assert code == 0, output
+    assert reports(tmp_path) == whole
+    saved = sorted(path.name for path in (tmp_path / "runs" / "net").iterdir())
+    assert len(saved) == 2  # one more than that of the end
 
 
 def test_tasks_of_slurm_are_the_ranks(tmp_path, whole):
@@ -192,14 +161,14 @@ def test_tasks_of_slurm_are_the_ranks(tmp_path, whole):
     [("a", "a"), ("n[003-007,9],b", "n003"), ("x-1,x-2", "x-1"), ("n[5,7]", "n5")],
 )
 def test_first_node_of_a_list_is_the_main_one(nodes, first):
-    code = "from helios import launching; launching._adopt_slurm(); import os; "
+    code = "from helios import adopting; adopting.adopt_ranks(); import os; "
     code += "print(os.environ['MASTER_ADDR'])"
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "7", "SLURM_PROCID": "1"}
     step |= {"SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": nodes}
     clean = {k: v for k, v in os.environ.items() if k != "WORLD_SIZE"}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**clean, **step, "PYTHONPATH": str(HERE.parents[1])},
+        env={**clean, **step, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -1,12 +1,16 @@
 """How many ranks a run starts, on machines that this one is not."""
 
 import os
+import re
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from helios import launching
+from helios.adopting import LAUNCHED
 from helios.arguments import check_arguments
+from helios.cli import main
 from helios.errors import LaunchError
 from helios.trainer import Trainer
 
@@ -18,7 +22,7 @@ class Started(Exception):
 @pytest.fixture
 def asks(monkeypatch):
     """Asks on a machine with four GPUs."""
-    for name in (*launching._LAUNCHED, "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+    for name in (*LAUNCHED, "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     before = dict(os.environ)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
@@ -78,7 +82,26 @@ def test_without_a_command_one_gpu_is_used_unless_more_are_asked_for(asks, caplo
         asks(has_command=False, gpus=[0, 1])
 
 
-@pytest.mark.parametrize("name", launching._LAUNCHED)
+@pytest.mark.parametrize("name", LAUNCHED)
 def test_ranks_of_a_launcher_start_none(asks, monkeypatch, name):
     monkeypatch.setenv(name, "2")
     assert asks(num_processes=2) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_processes", "5"], "5 ranks are asked for on this host, which shows 4"),
+        (["--gpu_ids", "1,4", "--num_processes", "2"], "`--gpu_ids` is 1,4; this mach"),
+        (["--gpu_ids", "1,2", "--num_processes", "3"], "3 ranks .* which shows 2 GPUs"),
+        (["--cpu", "--multi_gpu", "--num_processes", "2"], "only use one of `--cpu`"),
+    ],
+)
+def test_launch_command_refuses_gpus_that_are_not_there(
+    asks, monkeypatch, options, message
+):
+    for where in (torch.cuda, torch.accelerator):
+        monkeypatch.setattr(where, "is_available", lambda: True)
+    done = CliRunner().invoke(main, ["launch", *options, "script.py"])
+    assert done.exit_code == 2, done.output
+    assert re.search(message, " ".join(done.output.split()))
