@@ -89,7 +89,8 @@ class Engine:
             raise LaunchError(
                 f"the environment asks for {ranks} ranks (WORLD_SIZE), and Accelerate "
                 "sees one, so each would train alone; on CPUs pass `use_cpu=True` "
-                "under torchrun, or start with `accelerate launch`"
+                "under torchrun, or start with `helios launch`; leave out an "
+                "`accelerator` of your own, or let it see RANK and LOCAL_RANK"
             )
         if self.world_size > 1 and not Engine._waits_at_exit:
             # A thread of gloo may still hold the last collective's tensors. To let go

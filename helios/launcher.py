@@ -84,6 +84,11 @@ def _start_ranks(args: Any) -> NoReturn:
     if is_alone:
         ports = elastic.on_one_host()
         own |= ports | {"rdzv_id": ports["run_id"]}
+    elif args.max_restarts and args.rdzv_backend == "static":
+        # With that one, ranks of a second attempt would read the first one's addresses.
+        own["rdzv_backend"], is_host = "c10d", args.machine_rank == 0
+        own["rdzv_endpoint"] = f"{args.main_process_ip}:{args.main_process_port}"
+        own["rdzv_conf"] = f"is_host={is_host},{args.rdzv_conf or ''}".rstrip(",")
     with elastic.log_folder() as folder:
         own["log_dir"] = own["log_dir"] or folder
         config, program, rest = config_from_args(type(args)(**own))

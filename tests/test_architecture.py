@@ -29,7 +29,7 @@ LIMITS_LINES = {
     "launching": 100,
     "elastic": 80,
     "adopting": 90,
-    "launcher": 120,
+    "launcher": 130,
     "cli": 400,
     "testing": 400,
     "interchange": 350,

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 import time
@@ -29,6 +30,10 @@ class NetModel(helios.Model):
     def train_step(self, batch, state):
         if state.global_iteration == 4 and waits:
             self.wait()
+        if state.global_iteration == 4 and rank == 3 and kills_once:
+            if not (folder / "killed").exists():
+                (folder / "killed").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
         self.backward((self.net(batch[1])[:, 0] - batch[2]).square().mean())
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -62,6 +67,7 @@ class DiskData(RandomData):
 folder, root, rank = *map(pathlib.Path, sys.argv[1:3]), int(os.environ["RANK"])
 options = json.loads(sys.argv[3])
 waits, stop_at = options.pop("waits", False), options.pop("stop_at", None)
+kills_once = options.pop("kills_once", False)
 DiskData.prepare_data_per_host = options.pop("per_host", False)
 options |= {"log_root": root / "logs", "enable_file_logging": True}
 options |= {"enable_tensorboard": True}

@@ -180,6 +180,20 @@ def test_host_is_killed_and_the_same_command_goes_on(hosts, whole, launcher, num
     check(found, whole)
 
 
+def helios_launch_again(hosts, number):
+    options = helios_launch(hosts, number)
+    return [*options[:3], "--max_restarts", 1, *options[3:]]
+
+
+@pytest.mark.slow
+def test_ranks_of_both_hosts_are_started_anew_where_one_is_killed(hosts, whole):
+    root = hosts[0].folder / "shared"
+    root.mkdir()
+    found, outputs = run(hosts, helios_launch_again, root, kills_once=True)
+    assert "resumed from net_epoch_1_iter_2" in outputs[0]
+    check(found, whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [accelerate_launch, torchrun_with_numbers])
 def test_network_is_cut_and_the_same_command_goes_on(hosts, whole, launcher):

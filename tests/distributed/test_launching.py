@@ -3,7 +3,9 @@
 import os
 import pathlib
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -150,6 +152,54 @@ def test_tasks_of_slurm_are_the_ranks(tmp_path, whole):
     processes = [
         start(tmp_path, env={k: str(v) for k, v in task.items()}) for task in tasks
     ]
+    for process in processes:
+        code, output = end(process)
+        assert code == 0, output
+    assert reports(tmp_path) == whole
+
+
+MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2")
+needs_mpi = pytest.mark.skipif(not shutil.which("mpirun"), reason="there is no mpirun")
+
+
+@needs_mpi
+def test_processes_of_mpi_are_the_ranks(tmp_path, whole):
+    code, output = end(start(tmp_path, under=MPIRUN))
+    assert code == 0, output
+    assert reports(tmp_path) == whole
+
+
+@needs_mpi
+def test_signal_to_mpi_reaches_its_ranks_which_save_and_go_on_later(tmp_path, whole):
+    process = start(tmp_path, "wait", under=MPIRUN)
+    pids_of_ranks(tmp_path)
+    process.send_signal(signal.SIGUSR1)  # SIGTERM leaves them no time
+    code, output = end(process)
+    assert code == 0, output
+    assert [report["is_finished"] for report in reports(tmp_path)] == [False, False]
+    code, output = end(start(tmp_path, under=MPIRUN))
+    assert code == 0, output
+    assert "resumed from net_epoch_" in output
+    assert reports(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"MV2_COMM_WORLD_{n}" for n in ("SIZE", "RANK", "LOCAL_RANK", "LOCAL_SIZE")],
+        ["PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
+    ],
+    ids=["mvapich", "intel"],
+)
+def test_processes_of_other_mpis_are_the_ranks(tmp_path, whole, names):
+    """By what they set in the environment, without them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in ("0", "1"):
+        env = dict(zip(names, ("2", rank, rank, "2"), strict=True))
+        processes.append(start(tmp_path, env={**env, "MASTER_PORT": port}))
     for process in processes:
         code, output = end(process)
         assert code == 0, output

@@ -19,12 +19,20 @@ TIMEOUT_S = 90
 HELIOS = ("-c", "from helios.cli import main; main()")
 
 
-def start(folder, how="plain", env=(), command=(str(SCRIPT),), **options):
+def start(folder, how="plain", env=(), command=(str(SCRIPT),), under=(), **options):
+    """Start a command for the interpreter, ``under`` another one that starts it."""
     folder.mkdir(exist_ok=True)
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     clean = {k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"}
     return subprocess.Popen(
-        [sys.executable, *command, how, folder, json.dumps({**OPTIONS, **options})],
+        [
+            *under,
+            sys.executable,
+            *command,
+            how,
+            folder,
+            json.dumps({**OPTIONS, **options}),
+        ],
         env={**clean, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **dict(env)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -8,9 +8,10 @@ import torch
 from click.testing import CliRunner
 
 from helios import launching
-from helios.adopting import LAUNCHED
+from helios.adopting import LAUNCHED, adopt_ranks
 from helios.arguments import check_arguments
 from helios.cli import main
+from helios.engine import Accelerator, Engine
 from helios.errors import LaunchError
 from helios.trainer import Trainer
 
@@ -105,3 +106,42 @@ def test_launch_command_refuses_gpus_that_are_not_there(
     done = CliRunner().invoke(main, ["launch", *options, "script.py"])
     assert done.exit_code == 2, done.output
     assert re.search(message, " ".join(done.output.split()))
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, r"2 processes \(PMI_SIZE\), and nothing"),
+        (
+            {
+                **{"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+                **{"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            },
+            "4 processes on several hosts, and MASTER_ADDR is not set",
+        ),
+    ],
+)
+def test_processes_that_cannot_find_each_other_are_an_error(
+    asks, monkeypatch, environment, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=message):
+        adopt_ranks()
+
+
+def test_pmi_of_slurm_is_slurms(asks, monkeypatch):
+    slurm = {"STEP_NUM_TASKS": 2, "PROCID": 1, "LOCALID": 0, "JOB_ID": 5}
+    slurm |= {"STEP_NODELIST": "n[3-4]"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("PMI_SIZE", "2")
+    adopt_ranks()
+    found = [os.environ[n] for n in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR")]
+    assert found == ["2", "1", "0", "n3"]
+
+
+def test_accelerator_that_does_not_see_the_ranks_is_refused(asks, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match=r"Accelerate sees one.*leave out an `accel"):
+        Engine(accelerator=Accelerator(cpu=False))
