@@ -6,17 +6,19 @@ The order of everything in a run::
     for each epoch:
         on_training_epoch_start
         for each batch:
-            on_training_batch_start, train_step, on_training_batch_end   BATCH or STEP
+            on_training_batch_start                                      READY
+            train_step, on_training_batch_end                            BATCH or STEP
         on_training_epoch_end                                            EPOCH
     on_training_end
 
-and at each boundary: validate, decide on an early stop, save, stop. Callbacks run after
-the model's hook of the same name. At a resume the start hooks run again, and what they
-change in the saved state is put back.
+and at each boundary but READY: validate, decide on an early stop, save, stop. Callbacks
+run after the model's hook of the same name. At a resume the start hooks run again, and
+what they change in the saved state is put back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -36,9 +38,11 @@ from helios.model.model import BatchPhase, Model
 from helios.session import Session
 from helios.state import Boundary, EpochStage
 
+_ALONE = contextlib.nullcontext()  # of a batch that is a step by itself
+
 
 class Run:
-    """A training run: :meth:`fit` consumes what :meth:`_boundaries` yields.
+    """A training run: :meth:`fit`, or a loop by hand, consumes its :meth:`boundaries`.
 
     The model is set up and prepared, the DataModule set up, and the session restored,
     if there was a checkpoint (``was_resumed``).
@@ -74,43 +78,41 @@ class Run:
 
     def fit(self) -> bool:
         """Train until the schedule is finished (True) or something asks to stop."""
-        session, model = self.session, self.model
-        frequency = self.schedule.chkpt_frequency
+        for boundary in self.boundaries():
+            if boundary is Boundary.READY:
+                self.model.train_step(self.batch, self.state)
+            elif self.meet(boundary):
+                return False
+        return True
+
+    def meet(self, boundary: Boundary) -> bool:
+        """Do what is due, and say whether to stop; every rank must call."""
+        session, saver = self.session, self.session.saver
+        self._validate(boundary)
+        if self.schedule.is_due(self.schedule.chkpt_frequency, boundary, self.state):
+            self._save()
+        stops, saves, writes = session.engine.agree_each(
+            self._wants_stop(boundary),
+            self._wants_save(boundary),
+            saver is not None and saver.is_writing(),
+        )
+        if saver is not None and not writes:
+            saver.complete()
+        if saves:
+            self._save()
+        if stops:
+            session.request_stop("another rank asks to stop")
+            session._save()
+            self._raise_unread()
+        return stops
+
+    def boundaries(self) -> Iterator[Boundary]:
+        """The run: yields at each boundary, first where it joins; READY has `batch`."""
+        session, model, state = self.session, self.model, self.state
+        is_inside = state.epoch_stage != EpochStage.CLOSED
         model.train()
         model.on_training_start()
         self._call(Callback.on_training_start)
-        for boundary in self._boundaries():
-            self._validate(boundary)
-            if self.schedule.is_due(frequency, boundary, self.state):
-                self._save()
-            saver = session.saver
-            stops, saves, writes = session.engine.agree_each(
-                self._wants_stop(boundary),
-                self._wants_save(boundary),
-                saver is not None and saver.is_writing(),
-            )
-            if saver is not None and not writes:
-                saver.complete()
-            if saves:
-                self._save()
-            if stops:
-                session.request_stop("another rank asks to stop")
-                session._save()
-                self._raise_unread()
-                return False
-        session.put_back()
-        if self.schedule.print_frequency is None:
-            session.journal.flush()
-        session.journal.keep(None)
-        session._save()
-        model.on_training_end()
-        self._call(Callback.on_training_end)
-        return True
-
-    def _boundaries(self) -> Iterator[Boundary]:
-        """Train, and yield after each batch and each epoch; first where it joins."""
-        session, model, state = self.session, self.model, self.state
-        is_inside = state.epoch_stage != EpochStage.CLOSED
         if not is_inside:
             session.put_back()
             yield Boundary.START
@@ -128,24 +130,32 @@ class Run:
             else:
                 state.epoch_stage = EpochStage.OPEN
             for loaded in self._batches(feed):
-                yield self._step(feed, loaded)
+                yield from self._step(feed, loaded)
                 if self._is_over():
-                    return
-            session.engine.rows = None
-            if state.dataset_iter == 0:
-                raise DataError(f"the training loader yielded nothing in epoch {epoch}")
-            state.global_epoch += 1
-            state.dataset_iter, state.epoch_stage = 0, EpochStage.CLOSED
-            cursor = session.reading.get("cursor")
-            session.reading["cursor"] = self._train.plan.next_epoch(cursor)
-            if self.schedule.print_frequency is None:
-                session.journal.flush()
-            session.journal.keep(None)
-            model.on_training_epoch_end(epoch)
-            self._call(Callback.on_training_epoch_end)
-            if model.should_advance_dataset_phase():
-                self._advance_phase()
-            yield Boundary.EPOCH
+                    break
+            else:
+                session.engine.rows = None
+                if state.dataset_iter == 0:
+                    raise DataError(f"the training loader yielded nothing in {epoch=}")
+                state.global_epoch += 1
+                state.dataset_iter, state.epoch_stage = 0, EpochStage.CLOSED
+                cursor = session.reading.get("cursor")
+                session.reading["cursor"] = self._train.plan.next_epoch(cursor)
+                if self.schedule.print_frequency is None:
+                    session.journal.flush()
+                session.journal.keep(None)
+                model.on_training_epoch_end(epoch)
+                self._call(Callback.on_training_epoch_end)
+                if model.should_advance_dataset_phase():
+                    self._advance_phase()
+                yield Boundary.EPOCH
+        session.put_back()
+        if self.schedule.print_frequency is None:
+            session.journal.flush()
+        session.journal.keep(None)
+        session._save()
+        model.on_training_end()
+        self._call(Callback.on_training_end)
 
     def _read(self, epoch: int) -> Feed:
         """Begin to read an epoch, where training stands."""
@@ -195,24 +205,20 @@ class Run:
                 feed.check()
             raise DataError("another rank could not read its next batch; see its log")
 
-    def _step(self, feed: Feed, loaded: Loaded) -> Boundary:
-        """Train on one batch. This is all that a batch costs beside ``train_step``."""
+    def _step(self, feed: Feed, loaded: Loaded) -> Iterator[Boundary]:
+        """Have a batch trained on. This is all that it costs beside ``train_step``."""
         model, state, engine = self.model, self.state, self.session.engine
-        is_step, window = True, self.schedule.accumulation_steps
+        done, window = state.dataset_iter, self.schedule.accumulation_steps
         log_every = self.schedule.print_frequency or math.inf
         is_last = feed.ends_with(loaded)
         if self._may_differ:  # the rank that ends first ends the epoch of all
             is_last = engine.agree(is_last)
         engine.rows = loaded.rows, loaded.real, loaded.is_full
-        if window == 1:
+        is_first, is_step = done % window == 0, (done + 1) % window == 0 or is_last
+        with engine.batch(is_first=is_first, is_step=is_step) if window > 1 else _ALONE:
             model.on_training_batch_start(state)
-            model.train_step(self._prepare_batch(loaded.data), state)
-        else:
-            done = state.dataset_iter
-            is_step = (done + 1) % window == 0 or is_last
-            with engine.batch(is_first=done % window == 0, is_step=is_step):
-                model.on_training_batch_start(state)
-                model.train_step(self._prepare_batch(loaded.data), state)
+            self.batch = self._prepare_batch(loaded.data)
+            yield Boundary.READY
         self.session.reading["cursor"] = loaded.cursor
         state.global_iteration += 1
         state.dataset_iter += 1
@@ -234,7 +240,7 @@ class Run:
             hook(self.session)
         if should_log:
             self.session.journal.flush()
-        return Boundary.STEP if is_step else Boundary.BATCH
+        yield Boundary.STEP if is_step else Boundary.BATCH
 
     def _validate(self, boundary: Boundary) -> None:
         """Do the validation that is due, if any."""

@@ -45,6 +45,7 @@ class Boundary(enum.Enum):
     """A place between two batches, where a run can be validated, saved and stopped."""
 
     START = "start"
+    READY = "ready"  # a batch is to be trained on: neither saved nor stopped
     BATCH = "batch"  # inside an accumulation window: saved and stopped only
     STEP = "step"
     EPOCH = "epoch"
