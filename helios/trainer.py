@@ -23,10 +23,11 @@ from helios.data.datamodule import DataModule, loader_of
 from helios.determinism import torch_flags
 from helios.engine import Engine
 from helios.errors import DataError, LaunchError, ModelError
+from helios.evaluation import evaluate
 from helios.launching import start_ranks_if_asked
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import get_root_logger, text_logging
-from helios.loop import Run, evaluate
+from helios.loop import Run
 from helios.model.model import BatchPhase, Model
 from helios.retention import KeepBest, SaveOptions
 from helios.session import Session

@@ -90,6 +90,7 @@ LAYERS = {
     "journal": 3,
     "watchdog": 3,
     # the loops
+    "evaluation": 4,
     "loop": 4,
     "callbacks": 4,
     "launching": 4,
