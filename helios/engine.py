@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate import Accelerator as Accelerator
@@ -31,6 +31,9 @@ from torch import nn
 
 from helios.determinism import settle_buckets
 from helios.errors import LaunchError
+
+if TYPE_CHECKING:
+    from helios.data.batches import Loaded
 
 #: Where a torch optimizer does its own work, unless there is a scaler.
 _PLAIN = ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_XPU", "MULTI_NPU")
@@ -109,9 +112,7 @@ class Engine:
             self._is_plain and self.scaler is None and self.accumulation_steps == 1
         )
         self._networks: list[nn.Module] = []
-        #: Of the batch in work: rows, how many are no padding, and whether all ranks
-        #: have as many rows, none of them padded; None: there is none.
-        self.rows: tuple[int, int, bool] | None = None
+        self.loaded: Loaded | None = None  #: the batch in work, or done last
         self._batch = 0
         self._is_first = self._is_last = True
         # Chosen here, once: on the CPU there is nothing to place, and without scaling
@@ -276,7 +277,8 @@ class Engine:
         """
         others = _kinds_beside_tensors(values)
         is_list = type(values) is list and not any(map(torch.is_tensor, values))
-        has_rows = self.rows is None or not is_list or len(values) == self.rows[0]
+        batch = self.loaded
+        has_rows = batch is None or not is_list or len(values) == batch.rows
         if others and not (is_list and has_rows):
             # Accelerate would gather the keys of a dict, without a word.
             raise TypeError(
@@ -286,9 +288,9 @@ class Engine:
             )
         if self.world_size == 1:
             return values
-        if self.rows is None or self.rows[2]:
+        if batch is None or batch.is_full:
             return self.accelerator.gather_for_metrics(values)
-        rows, real, _ = self.rows
+        rows, real = batch.rows, batch.real
 
         def gather(tensor: torch.Tensor) -> Any:
             # Whether to cut is agreed on: a rank alone could mistake another tensor.

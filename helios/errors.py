@@ -36,5 +36,9 @@ class ModelError(HeliosError):
     """A model that cannot be trained, such as one without parameters."""
 
 
+class BadNumbersError(HeliosError):
+    """Losses or gradients are NaN or infinite, and the run is to end by that."""
+
+
 class LaunchError(HeliosError):
     """The processes or devices that were asked for are not there."""

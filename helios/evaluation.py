@@ -84,7 +84,7 @@ def evaluate(
     engine, prepare, number = session.engine, batch_preparer(model, phase), -1
     hooks = overridden(callbacks, Callback.on_validation_batch_end)
     session.journal.keep(None)
-    engine.rows = None
+    engine.loaded = None
     model.eval()
     start()
     for hook in overridden(callbacks, Callback.on_validation_start):
@@ -94,7 +94,7 @@ def evaluate(
     with torch.no_grad():
         feed = Feed(loader, engine.place)
         for number, loaded in enumerate(_to_the_end_of_all(engine, loader, feed)):
-            engine.rows = loaded.rows, loaded.real, loaded.is_full
+            engine.loaded = loaded
             before(number)
             step(prepare(loaded.data), number)
             after(number)
@@ -103,7 +103,7 @@ def evaluate(
             session.beats += 1
             if is_test and engine.agree(session.stop_reason is not None):
                 return False
-    engine.rows = None
+    engine.loaded = None
     if number < 0:
         raise DataError(f"the {phase.value} loader yielded nothing; lower `batch_size`")
     session.journal.flush()

@@ -33,6 +33,7 @@ from helios.model.model import BatchPhase, Model
 from helios.session import Session
 from helios.state import Boundary, EpochStage
 
+OF_ANOTHER = "another rank asks to stop"
 _ALONE = contextlib.nullcontext()  # of a batch that is a step by itself
 
 
@@ -49,6 +50,8 @@ class Run:
         self.session, self.model, self.datamodule = session, model, datamodule
         self.schedule, self.state = session.schedule, session.state
         self._was_resumed = was_resumed
+        #: The model's, or what is put around it.
+        self.train_step: Callable[..., None] = model.train_step
         for _ in range(self.state.dataset_phase):
             datamodule.advance_train_phase()
         datamodule.adopt_streams(session.reading.get("streams", {}))
@@ -75,7 +78,7 @@ class Run:
         """Train until the schedule is finished (True) or something asks to stop."""
         for boundary in self.boundaries():
             if boundary is Boundary.READY:
-                self.model.train_step(self.batch, self.state)
+                self.train_step(self.batch, self.state)
             elif self.meet(boundary):
                 return False
         return True
@@ -96,7 +99,7 @@ class Run:
         if saves:
             self._save()
         if stops:
-            session.request_stop("another rank asks to stop")
+            session.request_stop(OF_ANOTHER)
             session._save()
             self._raise_unread()
         return stops
@@ -129,7 +132,7 @@ class Run:
                 if self._is_over():
                     break
             else:
-                session.engine.rows = None
+                session.engine.loaded = None
                 if state.dataset_iter == 0:
                     raise DataError(f"the training loader yielded nothing in {epoch=}")
                 state.global_epoch += 1
@@ -208,7 +211,7 @@ class Run:
         is_last = feed.ends_with(loaded)
         if self._may_differ:  # the rank that ends first ends the epoch of all
             is_last = engine.agree(is_last)
-        engine.rows = loaded.rows, loaded.real, loaded.is_full
+        engine.loaded = loaded
         is_first, is_step = done % window == 0, (done + 1) % window == 0 or is_last
         with engine.batch(is_first=is_first, is_step=is_step) if window > 1 else _ALONE:
             model.on_training_batch_start(state)

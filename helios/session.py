@@ -7,7 +7,7 @@ import logging
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -77,6 +77,8 @@ class Session:
         self._restored: pathlib.Path | None = None
         self._copies = contextlib.ExitStack()
         self.journal = Journal(self)
+        #: Called on all ranks; what it raises keeps them from saving.
+        self.before_save: Callable[[], None] = lambda: None
         self._own = f"rank_{engine.rank}"
         self._reading = partial(reading, is_shown=shows_progress and engine.is_main)
 
@@ -90,6 +92,7 @@ class Session:
             self.saver.request()
 
     def _save(self) -> None:
+        self.before_save()
         if self.saver is not None:
             self.saver.save()
 

@@ -24,10 +24,10 @@ from helios.determinism import torch_flags
 from helios.engine import Engine
 from helios.errors import DataError, LaunchError, ModelError
 from helios.evaluation import evaluate
+from helios.health.rollback import fit
 from helios.launching import start_ranks_if_asked
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import get_root_logger, text_logging
-from helios.loop import Run
 from helios.model.model import BatchPhase, Model
 from helios.retention import KeepBest, SaveOptions
 from helios.session import Session
@@ -94,6 +94,7 @@ class Trainer:
     allow_inexact: bool = False  #: resume also where exactness is lost
     async_save: bool = True  #: write checkpoints behind the training
     hang_timeout_s: float | None = None  #: without a batch: the run is ended
+    bad_numbers: str | None = "warn"  #: if NaN; or "stop", "skip", "rollback"
     train_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
     test_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
 
@@ -201,7 +202,7 @@ class Trainer:
             stop_on_signals(session.request_stop, session.request_save),
             watched(session, self.hang_timeout_s),
         ):
-            is_finished = Run(session, model, datamodule, was_resumed).fit()
+            is_finished = fit(self, session, model, datamodule, was_resumed)
             session.wait_for_checkpoint()
         state = self._state = session.state
         end = "finished" if is_finished else f"{session.stop_reason}: stopped, to go on"
@@ -298,7 +299,7 @@ class Trainer:
         if self.enable_tensorboard and root and session.engine.is_main:
             folder = pathlib.Path(root) / self.run_name
             session.journal.writer = open_writer(folder, purge_step)
-        if self.log_with is not None:
+        if self.log_with is not None and not session.engine.accelerator.trackers:
             session.engine.accelerator.init_trackers(self.run_name)
 
     @contextlib.contextmanager

@@ -15,7 +15,8 @@ FILE_LIMIT_LINES = 400
 # Each part by itself: "library" is all that has no limit of its own, and stays a thin
 # adapter. The data are long because every kind of data set needs a way in, checkpoints
 # because of what can be stored, tensors that are shared out over ranks among it;
-# launching is another program's work, before a run; no training imports the last three.
+# launching is another program's work, before a run; health is about the runs whose
+# numbers go bad; no training imports the last three.
 # Porting reads other programs' text, and needs nothing of the library.
 LIMITS_LINES = {
     "library": 3000,
@@ -30,6 +31,7 @@ LIMITS_LINES = {
     "elastic": 80,
     "adopting": 90,
     "launcher": 130,
+    "health": 420,
     "cli": 400,
     "testing": 400,
     "interchange": 350,
@@ -89,12 +91,14 @@ LAYERS = {
     "session": 3,
     "journal": 3,
     "watchdog": 3,
+    "health": 3,
     # the loops
     "evaluation": 4,
     "loop": 4,
     "callbacks": 4,
     "launching": 4,
     "elastic": 4,
+    "health.rollback": 4,
     # configuration; other programs' checkpoints
     "arguments": 5,
     "interchange": 5,

@@ -1,0 +1,1 @@
+"""Numbers gone bad: how they are found, and what is done then."""

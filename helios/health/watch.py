@@ -1,0 +1,354 @@
+"""The Health of a training: losses and gradients that are NaN or infinite.
+
+What is looked at stays on the device: the losses, and at each optimizer step whether
+all gradients are finite. It is copied to the host, for several batches at once, and
+read when the copy has come. Only "skip" waits for the device, before the step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from helios.data.batches import listed
+from helios.engine import inner_optimizer
+from helios.errors import BadNumbersError
+from helios.model.model import Model
+from helios.session import Session
+from helios.sharding import is_sharded
+from helios.state import TrainingState
+
+POLICIES = ("warn", "stop", "skip", "rollback", None)
+# In what a rank has read, which is saved with it.
+LEFT_OUT, SKIPPED, BUFFERS = "left_out", "skipped_steps", "buffers_before"
+REASON = "numbers have gone bad"  # for a stop
+_WARN_EVERY = 32  # batches
+_SHOWN = 64  # samples that a message names
+_GRADIENT = "gradient"
+
+Step: TypeAlias = Callable[[Any, TrainingState], None]
+#: What it is, and a number or a tensor.
+Value: TypeAlias = tuple[str, Any]
+
+
+class Where(NamedTuple):
+    """A batch of this rank, and the step that it is a part of."""
+
+    batch: int  # batches of the run before it
+    step: int
+    epoch: int
+    number: int  # within the epoch
+    samples: Any  # their indices, where they have any
+
+    def __str__(self) -> str:
+        at = f"step {self.step} (epoch {self.epoch}, batch {self.number})"
+        return f"{at}, {samples_of(self.samples)}"
+
+
+Watched: TypeAlias = tuple[Where, list[Value]]
+
+
+class Found(NamedTuple):
+    """Bad numbers of a batch, in words."""
+
+    where: Where
+    what: str
+
+
+class RollBack(Exception):
+    """Asks to go back to before these batches, and to leave them out."""
+
+    def __init__(self, batches: range, reason: str) -> None:
+        super().__init__(reason)
+        self.batches = batches
+
+
+class Health:
+    """Watches the numbers of a session's training, as a policy says.
+
+    "warn" writes them down; "stop" and "rollback" raise a BadNumbersError, or a
+    RollBack, on all ranks before anything more is saved; "skip" leaves the step out.
+    """
+
+    def __init__(self, session: Session, model: Model, policy: str | None) -> None:
+        self._session, self._model, self._policy = session, model, policy
+        self._every = _WARN_EVERY if policy in ("warn", "skip") else 1
+        self._values: list[Value] = []  # of the batch in work
+        self._window: list[Watched] = []  # "skip": before the step
+        self._open: list[Watched] = []  # not looked at yet
+        self._copies: list[Any] = []  # under way to the host
+        self._found: Found | None = None
+        self._flags: list[torch.Tensor] = []  # not used yet
+        self._skipped_at: int | None = None
+        # "skip": those of the networks, and as they were before the step.
+        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if policy is not None:
+            self._attach()
+
+    def around(self, train_step: Step) -> Step:
+        """The step of a model, watched; batches that are left out do not come to it."""
+        left_out = {*self._session.reading.get(LEFT_OUT, ())}
+        watched = train_step
+        if self._policy is not None:
+            self._begin()
+
+            def watched(batch: Any, state: TrainingState) -> None:
+                if self._buffers and state.dataset_iter % window == 0:
+                    for live, old in self._buffers:
+                        old.copy_(live)
+                train_step(batch, state)
+                self._after_batch()
+
+        window = self._session.schedule.accumulation_steps
+        if not left_out:
+            return watched
+
+        def step(batch: Any, state: TrainingState) -> None:
+            if state.global_iteration not in left_out:
+                watched(batch, state)
+                return
+            self._session.logger.info("left out: %s", self._where())
+
+        return step
+
+    def _begin(self) -> None:
+        """Forget what an earlier way through these batches has left."""
+        self._open, self._values, self._window, self._copies = [], [], [], []
+        self._found = None
+        if self._policy != "skip":
+            return
+        live = [*self._model._holdings().buffers().values()]
+        # Inside a window, those from before it have been saved.
+        olds = self._session.reading.get(BUFFERS, live)
+        self._buffers = [
+            (own, own.clone().copy_(old)) for own, old in zip(live, olds, strict=True)
+        ]
+        if self._session.schedule.accumulation_steps > 1:
+            self._session.reading[BUFFERS] = [old for _, old in self._buffers]
+
+    def settle(self) -> None:
+        """Read all that is under way, and act on it; every rank must call.
+
+        Raises:
+            BadNumbersError, RollBack: numbers of any rank are bad, by policy.
+        """
+        self._look()
+        self._read(0)
+        if self._policy in ("warn", "skip"):
+            return
+        engine, window = self._session.engine, self._session.schedule.accumulation_steps
+        if not engine.agree(self._found is not None):
+            return
+        found = [f for f in engine.gather_objects(self._found) if f is not None]
+        where = min((f.where for f in found), key=lambda w: w.batch)
+        reason = "; ".join(f.what for f in found if f.where.batch == where.batch)
+        if self._policy == "stop":
+            raise BadNumbersError(
+                f"{reason}. The last checkpoint is from before that. The same command "
+                "comes to the same numbers: change what makes them, or pass "
+                '`bad_numbers="skip"` or "rollback"'
+            )
+        first = where.batch - where.number % window
+        raise RollBack(range(first, first + window), reason)
+
+    def _attach(self) -> None:
+        """See the losses that go into a backward, and the optimizers' gradients."""
+        engine = self._session.engine
+        backward = engine.backward
+
+        def watched(loss: Any, *args: Any, **kwargs: Any) -> None:
+            self._values.append(("loss", loss.detach()))
+            backward(loss, *args, **kwargs)
+
+        engine.backward = watched
+        self._session.before_save = self.settle
+        for optimizer in self._model._holdings().optimizers.values():
+            if self._policy == "skip":
+                self._guard(optimizer)
+            elif engine.scaler is None:  # else that looks, and skips the step
+                inner = inner_optimizer(optimizer)
+                inner.register_step_pre_hook(self._look_at_gradients)
+
+    def _where(self) -> Where:
+        state, loaded = self._session.state, self._session.engine.loaded
+        return Where(
+            state.global_iteration,
+            state.current_iteration + 1,
+            state.global_epoch,
+            state.dataset_iter,
+            None if loaded is None else loaded.indices,
+        )
+
+    def _after_batch(self) -> None:
+        values, self._values = self._values, []
+        for name, value in self._model._loss_items.items():
+            if isinstance(value, torch.Tensor):
+                value = value.detach()
+            values.append((name, value))
+        if self._policy == "skip":
+            if self._skipped_at == self._session.state.global_iteration:
+                return
+            if not self._session.engine.accelerator.sync_gradients:
+                self._window.append((self._where(), values))
+                return
+            self._window = []
+        self._open.append((self._where(), values))
+        if len(self._open) >= self._every:
+            self._look()
+            self._read(1)
+
+    def _look(self) -> None:
+        """Begin to copy to the host what has come together."""
+        batches, self._open = self._open, []
+        if not batches:
+            return
+        numbers = _numbers([v for _, values in batches for v in values])
+        event = None
+        if numbers.is_cuda:
+            pinned = torch.empty_like(numbers, device="cpu", pin_memory=True)
+            numbers = pinned.copy_(numbers, non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._copies.append((batches, numbers, event))
+        if event is None:
+            self._read(0)
+
+    def _read(self, remaining: int) -> None:
+        """Read the copies, but for so many, which may be under way still."""
+        while len(self._copies) > remaining:
+            batches, numbers, event = self._copies.pop(0)
+            if event is not None:
+                event.synchronize()
+            if found := self._bad(batches, numbers.tolist()):
+                self._report(found)
+
+    def _report(self, found: list[Found]) -> None:
+        session = self._session
+        if self._policy in ("stop", "rollback"):
+            if self._found is None:
+                self._found = found[0]
+                session.request_stop(f"{REASON}: {found[0].what}")
+            return
+        more = ""
+        if len(found) > 1:
+            more = f"; and in {len(found) - 1} more batches, to step "
+            more += f"{found[-1].where.step}"
+        session.logger.warning("NUMBERS HAVE GONE BAD: %s%s", found[0].what, more)
+
+    def _bad(self, batches: list[Watched], numbers: list[float]) -> list[Found]:
+        """What is bad, batch by batch; `numbers` are those of all values, in turn."""
+        found, left = [], iter(numbers)
+        for where, values in batches:
+            words = dict[str, None]()  # each once
+            for (name, _), number in zip(values, left, strict=False):
+                if name == _GRADIENT and number:
+                    words["a gradient is not finite"] = None
+                elif not math.isfinite(number):
+                    words[f"{name} is {number}"] = None
+            if words:
+                rank = self._session.engine.rank
+                what = f"rank {rank}: {', '.join(words)}, at {where}"
+                found.append(Found(where, what))
+        return found
+
+    def _look_at_gradients(self, optimizer: Any, *_: Any) -> None:
+        """Have a flag put on the device where a gradient is not finite."""
+        groups = optimizer.param_groups
+        grads = [p.grad for g in groups for p in g["params"] if p.grad is not None]
+        if not grads:
+            return
+        first = grads[0]
+        if not self._flags:
+            device = first.device
+            self._flags = list(torch.zeros(_WARN_EVERY, device=device).unbind())
+            self._one = torch.ones((), device=device)
+        flag = self._flags.pop()
+        try:
+            if first.requires_grad or is_sharded(first):
+                raise NotImplementedError
+            # As torch's gradient scaler does: one pass over all, and times one.
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, flag, self._one)
+        except RuntimeError:  # of several devices, sparse, complex
+            for grad in grads:
+                flag += (~torch.isfinite(_dense(grad.detach()))).any()
+        self._values.append((_GRADIENT, flag))
+
+    def _guard(self, optimizer: Any) -> None:
+        """Have an optimizer leave out the steps of bad numbers."""
+        original, inner = optimizer.step, inner_optimizer(optimizer)
+        engine = self._session.engine
+
+        @functools.wraps(original)  # torch's schedulers look for a mark of theirs
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if not engine.accelerator.sync_gradients or not self._skips(inner):
+                return original(*args, **kwargs)
+            # Cleared here: a `zero_grad` in a window need not act after this.
+            inner.zero_grad()
+            inner._opt_called = True
+            if engine.scaler is not None:  # it keeps its scale, and begins anew
+                engine.scaler.update(engine.scaler.get_scale())
+            return None
+
+        optimizer.step = step
+
+    def _skips(self, optimizer: Any) -> bool:
+        """Whether the step in work is bad on any rank; every rank must call."""
+        engine, state = self._session.engine, self._session.state
+        if self._skipped_at == state.global_iteration:  # for another optimizer
+            return True
+        if engine.scaler is None:  # whose business they are otherwise
+            self._look_at_gradients(optimizer)
+        batches = [*self._window, (self._where(), self._values)]
+        self._values = []
+        numbers = _numbers([v for _, values in batches for v in values])
+        found = self._bad(batches, numbers.tolist())
+        if not engine.agree(bool(found)):
+            return False
+        self._window, self._skipped_at = [], state.global_iteration
+        for live, old in self._buffers:
+            live.copy_(old)
+        reading = self._session.reading
+        reading[SKIPPED] = reading.get(SKIPPED, 0) + 1
+        own = found[0].what if found else None
+        told = [what for what in engine.gather_objects(own) if what is not None]
+        self._session.logger.log(
+            logging.WARNING if engine.is_main else logging.INFO,
+            "STEP %d IS SKIPPED, %d so far: %s",
+            *(state.current_iteration + 1, reading[SKIPPED], "; ".join(told)),
+        )
+        for where, _ in batches:
+            self._session.logger.info("skipped on rank %d: %s", engine.rank, where)
+        return True
+
+
+def samples_of(indices: Any) -> str:
+    """The samples of a batch, in words."""
+    if indices is None:
+        return "of a stream, whose samples have no numbers"
+    found = listed(indices)
+    if len(found) > _SHOWN:
+        return f"samples {found[:_SHOWN]} and {len(found) - _SHOWN} more"
+    return f"samples {found}"
+
+
+def _dense(grad: Any) -> Any:
+    """The numbers of a gradient that are on this rank."""
+    local = grad.to_local() if is_sharded(grad) else grad
+    return local.coalesce().values() if local.is_sparse else local
+
+
+def _numbers(values: list[Value]) -> torch.Tensor:
+    """All of them in one tensor, where they are."""
+    flat = [value for _, value in values]
+    try:
+        return torch.stack(flat)
+    except (RuntimeError, TypeError):  # plain numbers, or of several shapes or devices
+        tensors = [torch.as_tensor(v) for v in flat]
+        device = next((t.device for t in tensors if t.device.type != "cpu"), None)
+        sums = [t.to(device or "cpu", torch.float64).sum() for t in tensors]
+        return torch.stack(sums) if sums else torch.zeros(0)

@@ -1,0 +1,396 @@
+"""Losses and gradients that are NaN or infinite: found, told, and dealt with."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from support import (
+    Case,
+    IdModel,
+    IndexData,
+    Outcome,
+    RandomData,
+    RandomModel,
+    StopAt,
+    digest,
+    train,
+)
+from torch import nn
+
+import helios
+from helios.checkpoint import CheckpointStore, read_checkpoint
+from helios.errors import BadNumbersError
+from helios.health.watch import _WARN_EVERY, Health
+
+IN_STEPS = {"train_unit": "iteration", "total_steps": 8}
+
+
+class Spoiled(IdModel):
+    """Has bad numbers in some batches, counted from 0: in the loss, or elsewhere."""
+
+    def __init__(self, *batches, kind="loss", value=math.nan, leaves_out=False):
+        super().__init__()
+        self.spoiled, self.kind, self.value = batches, kind, value
+        self.leaves_out = leaves_out
+
+    def train_step(self, batch, state):
+        is_spoiled = state.global_iteration in self.spoiled
+        if is_spoiled and self.leaves_out:
+            return
+        self.batches.append(batch.tolist())
+        loss = 0.001 * self.net(batch.float()[:, None]).square().mean()
+        kind = self.kind if is_spoiled else None
+        if kind == "loss":
+            loss = loss * self.value
+        if kind == "gradient":
+            handle = self.net.weight.register_hook(lambda g: g * self.value)
+        self.backward(loss)
+        if kind == "gradient":
+            handle.remove()
+        self._loss_items["mine"] = loss * self.value if kind == "item" else loss
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+WORDS = {
+    "loss": "loss is {}, a gradient is not finite, mine is {}",
+    "gradient": "a gradient is not finite",
+    "item": "mine is {}",
+}
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf], ids=str)
+@pytest.mark.parametrize("kind", WORDS)
+def test_bad_numbers_are_told_with_rank_step_and_samples(tmp_path, capsys, kind, value):
+    model = Spoiled(4, kind=kind, value=value)
+    assert train(model, IndexData(8, batch_size=1), None, **IN_STEPS)[0]
+    said = capsys.readouterr().err
+    what = WORDS[kind].format(value, value)
+    at = "at step 5 (epoch 0, batch 4), samples [4]"
+    assert f"NUMBERS HAVE GONE BAD: rank 0: {what}, {at}" in said
+    assert ("in 3 more batches, to step 8" in said) == (kind != "item")
+    assert len(model.batches) == 8
+
+
+@pytest.mark.parametrize("policy", ["warn", "stop", "skip", "rollback", None])
+def test_good_numbers_are_left_alone_by_every_policy(tmp_path, capsys, policy):
+    plain, watched = IdModel(), IdModel()
+    data = {"batch_size": 2, "shuffle": True}
+    train(plain, IndexData(12, **data), None, total_steps=3, bad_numbers=None)
+    train(watched, IndexData(12, **data), tmp_path, total_steps=3, bad_numbers=policy)
+    assert "BAD" not in capsys.readouterr().err
+    assert watched.batches == plain.batches
+    assert digest(watched.state_dict()) == digest(plain.state_dict())
+
+
+def test_without_a_policy_nothing_is_looked_at(tmp_path, capsys):
+    steps = []
+
+    class Look(helios.Callback):
+        def on_training_batch_end(self, session):
+            steps.append(session._model.engine.backward is torch.Tensor.backward)
+
+    model = Spoiled(1)
+    train(model, IndexData(4), None, Look(), total_steps=1, bad_numbers=None)
+    assert steps == [True] * 4
+    assert not model.optimizer._optimizer_step_pre_hooks
+    assert "BAD" not in capsys.readouterr().err
+
+
+def test_bad_numbers_are_told_before_the_run_ends_and_soon(tmp_path, capsys):
+    said = {}
+
+    class Listen(helios.Callback):
+        def on_training_batch_end(self, session):
+            said[session.state.global_iteration] = capsys.readouterr().err
+
+    train(Spoiled(2), IndexData(100), None, Listen(), total_steps=1)
+    told = [batch for batch, text in said.items() if "GONE BAD" in text]
+    assert told[0] == _WARN_EVERY
+    assert "step 3 " in said[told[0]]
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_stop_ends_the_run_before_anything_more_is_saved(tmp_path, kind, window):
+    options = {"chkpt_frequency": 1, "accumulation_steps": window, "total_steps": 8}
+    options |= {"train_unit": "iteration", "bad_numbers": "stop"}
+    at = rf"at step {5 // window + 1} \(epoch 0, batch 5\), samples \[5\]"
+    for _ in range(2):  # the same command comes to the same
+        with pytest.raises(BadNumbersError, match=at):
+            train(Spoiled(5, kind=kind), IndexData(20), tmp_path, **options)
+    path = CheckpointStore(tmp_path / "ids").list()[0]
+    assert read_checkpoint(path).record["progress"]["global_iteration"] in (4, 5)
+    weights = read_checkpoint(path).tree("model")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_stop_in_the_last_step_is_no_finished_run(tmp_path):
+    with pytest.raises(BadNumbersError, match="at step 4 "):
+        train(Spoiled(3), IndexData(4), tmp_path, total_steps=1, bad_numbers="stop")
+    assert not list(tmp_path.glob("ids/*"))
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_step_of_bad_numbers_is_left_out(tmp_path, capsys, policy, window, kind):
+    options = {"accumulation_steps": window, "chkpt_frequency": 1, **IN_STEPS}
+    ends = [n for n in (5, 11, 12) if kind == "loss" or n % window == window - 1]
+    model = Spoiled(*ends, kind=kind)
+    assert train(
+        model, IndexData(30), tmp_path / policy, bad_numbers=policy, **options
+    )[0]
+    windows = [n // window * window + i for n in ends for i in range(window)]
+    without = Spoiled(*windows, leaves_out=True)
+    train(without, IndexData(30), None, bad_numbers=None, **options)
+    assert digest(model.net.state_dict()) == digest(without.net.state_dict())
+    said = capsys.readouterr().err
+    for n in (n for n in ends if n < 8 * window):
+        step, samples = n // window + 1, f"(epoch 0, batch {n}), samples [{n}]"
+        if policy == "skip":
+            assert f"STEP {step} IS SKIPPED" in said
+            assert f"skipped on rank 0: step {step} {samples}" in said
+        else:
+            assert f"at step {step} {samples}; the run goes back to" in said
+            assert f"left out: step {step} {samples}" in said
+
+
+def test_skipped_steps_are_counted(tmp_path, capsys):
+    counts = []
+
+    class Count(helios.Callback):
+        def on_training_batch_end(self, session):
+            counts.append(session.reading.get("skipped_steps", 0))
+
+    train(Spoiled(1, 4), IndexData(6), None, Count(), total_steps=1, bad_numbers="skip")
+    assert counts == [0, 1, 1, 1, 2, 2]
+    assert "STEP 5 IS SKIPPED, 2 so far" in capsys.readouterr().err
+
+
+class SpoiledRandom(RandomModel):
+    """Random in every way, with batch normalization that bad inputs would spoil."""
+
+    batches = (0, 7, 11)
+
+    def train_step(self, batch, state):
+        ids, inputs, targets = batch
+        if state.global_iteration in self.batches:
+            inputs = inputs * math.nan
+        super().train_step((ids, inputs, targets), state)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_run_with_skipped_steps_resumes_anywhere(tmp_path, window):
+    options = {"total_steps": 3, "valid_frequency": 1, "accumulation_steps": window}
+    Case(SpoiledRandom, bad_numbers="skip", **options).check(tmp_path)
+
+
+def test_skipped_step_leaves_no_trace_in_the_network_and_its_optimizers(tmp_path):
+    seen = []
+
+    class Look(helios.Callback):
+        def on_training_batch_end(self, session):
+            model = session._model
+            parts = model.net, model.heads["a"], *model.optimizers
+            seen.append(digest([part.state_dict() for part in parts]))
+
+    class One(SpoiledRandom):
+        batches = (3,)
+
+        def train_step(self, batch, state):
+            super().train_step(batch, state)
+            for group in (g for o in self.optimizers for g in o.param_groups):
+                group["lr"] = 0.01  # which the schedulers change
+
+    train(One(), RandomData(), None, Look(), total_steps=1, bad_numbers="skip")
+    changes = [a != b for a, b in itertools.pairwise(seen)]
+    assert changes == [True, True, False, True]
+
+
+class Later(SpoiledRandom):
+    batches = (7, 11)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_run_that_went_back_ends_the_same_wherever_it_is_stopped(tmp_path, window):
+    options = {"total_steps": 3, "valid_frequency": 1, "accumulation_steps": window}
+    options |= {"chkpt_frequency": 1, "bad_numbers": "rollback"}
+
+    def run(root, *callbacks):
+        model = Later()
+        finished, recorder = train(model, RandomData(), root, *callbacks, **options)
+        return finished, Outcome(model, root, recorder)
+
+    _, whole = run(tmp_path / "whole", StopAt())
+    for batch in range(5, 15):  # from the first checkpoint on
+        root = tmp_path / str(batch)
+        assert not run(root, StopAt(batch=batch))[0]
+        finished, parts = run(root, StopAt())
+        assert finished
+        for name in ("weights", "state", "rank", "progress", "history"):
+            assert getattr(parts, name) == getattr(whole, name), (name, batch)
+
+
+class StopAfterReturn(helios.Callback):
+    """Asks to stop before the batch that is left out."""
+
+    def on_training_batch_end(self, session):
+        has_returned = session.reading.get("left_out") == [5]
+        if has_returned and session.state.global_iteration == 5:
+            session.request_stop("the test")
+
+
+def test_later_resume_leaves_out_what_was_left_out_whatever_the_policy(tmp_path):
+    options = {**IN_STEPS, "chkpt_frequency": 4}
+    finished, _ = train(
+        *(Spoiled(5), IndexData(20), tmp_path, StopAfterReturn()),
+        **options,
+        bad_numbers="rollback",
+    )
+    assert not finished
+    model = Spoiled(5)
+    assert train(model, IndexData(20), tmp_path, bad_numbers=None, **options)[0]
+    assert model.batches == [[6], [7]]
+    assert model.net.weight.isfinite().all()
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
+    for root in (None, tmp_path):
+        with pytest.raises(BadNumbersError, match="no checkpoint from before that"):
+            train(Spoiled(2), IndexData(4), root, total_steps=1, bad_numbers="rollback")
+
+
+def test_going_back_that_does_not_help_ends(tmp_path):
+    model = Spoiled(*range(3, 100))
+    options = {"train_unit": "iteration", "total_steps": 60, "chkpt_frequency": 3}
+    with pytest.raises(BadNumbersError, match=r"step 14 .* leaving out does not help"):
+        train(model, IndexData(100), tmp_path, bad_numbers="rollback", **options)
+
+
+def test_stop_that_is_asked_for_is_not_lost_on_the_way_back(tmp_path):
+    class Both(Spoiled):
+        def train_step(self, batch, state):
+            super().train_step(batch, state)
+            if state.global_iteration == 5 and len(self.batches) == 6:
+                self.trainer.request_stop("the test")
+
+    model, options = Both(5), {"chkpt_frequency": 1, **IN_STEPS}
+    finished, _ = train(
+        model, IndexData(20), tmp_path, bad_numbers="rollback", **options
+    )
+    assert not finished
+    assert len(model.batches) == 6
+
+
+@pytest.mark.parametrize("policy", ["warn", "stop", "skip"])
+def test_infinite_gradients_of_fp16_are_the_scalers_business(tmp_path, capsys, policy):
+    class Large(IdModel):
+        def train_step(self, batch, state):
+            loss = self.net(batch.float()[:, None]).square().mean() * 1e4
+            self.backward(loss)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    options = {"mixed_precision": "fp16", "total_steps": 1}
+    models = [Large(), Large()]
+    for model, bad in zip(models, (policy, None), strict=True):
+        assert train(model, IndexData(8), None, bad_numbers=bad, **options)[0]
+    assert "BAD" not in capsys.readouterr().err
+    assert models[0].engine.scaler.get_scale() < 65536
+    assert digest(models[0].state_dict()) == digest(models[1].state_dict())
+
+
+def test_bad_loss_is_skipped_under_a_scaler_and_leaves_its_scale(tmp_path, capsys):
+    model = Spoiled(2)
+    options = {"mixed_precision": "fp16", "total_steps": 1, "bad_numbers": "skip"}
+    assert train(model, IndexData(4), None, **options)[0]
+    assert model.net.weight.isfinite().all()
+    assert model.engine.scaler.get_scale() == 65536
+    assert "STEP 3 IS SKIPPED" in capsys.readouterr().err
+
+
+class Strange(IdModel):
+    """Gradients that torch's quick look refuses."""
+
+    def setup(self, for_inference=False):
+        self.net = nn.ModuleDict(
+            {
+                "sparse": nn.Embedding(4, 2, sparse=True),
+                "wide": nn.Linear(2, 1, dtype=torch.float64),
+            }
+        )
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.01)
+
+    def train_step(self, batch, state):
+        rows = self.net["sparse"](batch % 4)
+        if state.global_iteration == 2:
+            rows.register_hook(lambda gradient: gradient * math.inf)
+        self.backward(self.net["wide"](rows.double()).square().mean())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def test_sparse_gradients_and_those_of_two_types_are_looked_at(tmp_path, capsys):
+    model = Strange()
+    assert train(model, IndexData(4), None, total_steps=1, bad_numbers="skip")[0]
+    said = capsys.readouterr().err
+    assert "STEP 3 IS SKIPPED, 1 so far: rank 0: a gradient is not finite" in said
+    assert model.net["sparse"].weight.isfinite().all()
+
+
+def test_large_batch_is_not_listed_as_a_whole(capsys):
+    data = IndexData(200, batch_size=100)
+    train(Spoiled(1), data, None, total_steps=1)
+    said = capsys.readouterr().err
+    assert "samples [100, 101, " in said
+    assert "163] and 36 more" in said
+
+
+@pytest.mark.parametrize("value", ["ignore", True, 1])
+def test_unknown_policy_is_refused(value):
+    with pytest.raises(ValueError, match="`bad_numbers` must be one of"):
+        helios.Trainer(bad_numbers=value)
+
+
+def test_look_at_gradients_changes_no_bit_of_them():
+    parameter = nn.Parameter(torch.tensor([1e-42, -0.0, 3e38, 1.1]))
+    parameter.grad = torch.tensor([1e-42, -0.0, 3e38, 1.1])
+    health = Health.__new__(Health)
+    health._flags, health._values = [], []
+    health._look_at_gradients(torch.optim.SGD([parameter]))
+    assert health._values[0][1].item() == 0
+    assert parameter.grad.view(torch.int32).equal(parameter.data.view(torch.int32))
+
+
+class Growing(torch.utils.data.IterableDataset):
+    """A stream with a state that reading changes for good."""
+
+    def __init__(self):
+        self.position = 0
+
+    def __iter__(self):
+        while self.position < 12:
+            self.position += 1
+            yield self.position - 1
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class GrowingData(helios.DataModule):
+    def setup(self):
+        self._add_train_phase(Growing(), {"batch_size": 2})
+
+
+def test_stream_is_entered_where_the_checkpoint_is_on_the_way_back(tmp_path):
+    options = {"total_steps": 10, "train_unit": "iteration", "chkpt_frequency": 3}
+    model, without = Spoiled(5, 8), Spoiled(5, 8, leaves_out=True)
+    train(model, GrowingData(), tmp_path, bad_numbers="rollback", **options)
+    train(without, GrowingData(), None, bad_numbers=None, **options)
+    assert digest(model.net.state_dict()) == digest(without.net.state_dict())
