@@ -12,6 +12,7 @@ import torch
 from helios.callbacks.base import Callback
 from helios.engine import Accelerator
 from helios.errors import CheckpointError
+from helios.failures.bundle import KINDS
 from helios.health.watch import POLICIES
 from helios.launching import CHOSEN
 from helios.state import check_name
@@ -63,9 +64,9 @@ def check_arguments(trainer: Trainer) -> None:
         raise ValueError(
             f"`mixed_precision` must be one of {_PRECISIONS}, got {precision!r}"
         )
-    if trainer.bad_numbers not in POLICIES:
-        value = trainer.bad_numbers
-        raise ValueError(f"`bad_numbers` must be one of {POLICIES}, got {value!r}")
+    for name, known in (("bad_numbers", POLICIES), ("crash_bundle", KINDS)):
+        if given[name] not in known:
+            raise ValueError(f"`{name}` must be one of {known}, got {given[name]!r}")
     for name in ("num_processes", "accumulation_steps"):
         value = given[name]
         if value is not None and (type(value) is not int or value < 1):

@@ -28,7 +28,7 @@ class Journal:
         self.latest: dict[str, Any] = {}
         self.reductions: dict[str, str] = {}
         self._logged: dict[str, tuple[float, int]] = {}
-        self._keeps: str | None = None
+        self.keeps: str | None = None  #: see `keep`; "means" in evaluations only
         # By name: the sum, or another fold, of the values so far, and their number.
         self._folds: dict[str, tuple[Any, int]] = {}
         self._hooks = overridden(session.callbacks, Callback.on_log)
@@ -46,7 +46,7 @@ class Journal:
 
     def keep(self, what: str | None) -> None:
         """Keep the "latest" or the "means" for :meth:`flush`; None: write at once."""
-        self._keeps = what
+        self.keeps = what
         self._folds = {}
 
     def log(self, values: Mapping[str, Any], reduce: str | None = None) -> None:
@@ -55,7 +55,7 @@ class Journal:
             raise ValueError(
                 f"`reduce` must be one of {list(REDUCTIONS)} or None, got {reduce!r}"
             )
-        if self._keeps is None:
+        if self.keeps is None:
             if reduce is not None:
                 values = self._reduce(values, dict.fromkeys(values, reduce))
             self._emit(values)
@@ -65,7 +65,7 @@ class Journal:
                 value = value.detach()
             if reduce is not None:
                 self.reductions[name] = reduce
-            if self._keeps == "latest":
+            if self.keeps == "latest":
                 self.latest[name] = value
             elif name in self._folds:
                 old, count = self._folds[name]
@@ -76,7 +76,7 @@ class Journal:
     def flush(self) -> None:
         """Write what was kept; every rank must call."""
         how, self.reductions = dict(self.reductions), {}
-        if self._keeps == "means" and self._folds:
+        if self.keeps == "means" and self._folds:
             folds, self._folds = self._folds, {}
             how = {name: how.get(name, "mean") for name in folds}
             values = {
@@ -84,7 +84,7 @@ class Journal:
                 for name, (fold, count) in folds.items()
             }
             self._emit(self._reduce(values, how))
-        elif self._keeps == "latest" and self.latest:
+        elif self.keeps == "latest" and self.latest:
             values, self.latest = self.latest, {}
             self._emit(self._reduce(values, how))
 

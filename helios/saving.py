@@ -212,7 +212,9 @@ class Saver:
             if engine.is_main:
                 self._drop(begun)
             self._report(OSError(failures[0]))
-        elif engine.is_main:
+        elif not engine.is_main:
+            self._session.base = self.store.root / begun.name
+        else:
             for entries, _ in ranks:
                 begun.entries |= entries
             self._background.submit(partial(self._seal, begun))
@@ -244,7 +246,7 @@ class Saver:
             self._check_metric(best.metric, record["metrics"])
             record["is_best"] = self.store.root / name in best.best(found)[:1]
         known = {**others, folder: replaced} if replaced else others
-        path = self.store.commit(folder, name, record, known)
+        path = self._session.base = self.store.commit(folder, name, record, known)
         self._settle(found)
         try:
             hooks = self._session.callbacks

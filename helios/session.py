@@ -75,6 +75,8 @@ class Session:
         if store is not None:
             self.saver = Saver(self, store, options or SaveOptions())
         self._restored: pathlib.Path | None = None
+        #: The checkpoint that the run has made or taken up last.
+        self.base: pathlib.Path | None = None
         self._copies = contextlib.ExitStack()
         self.journal = Journal(self)
         #: Called on all ranks; what it raises keeps them from saving.
@@ -153,7 +155,7 @@ class Session:
         # Hooks that run before training goes on see the restored state. What they
         # change in it is put back by put_back().
         self._load(checkpoint)
-        self._restored = path
+        self._restored = self.base = path
         at = f"epoch {self.state.global_epoch}, step {self.state.current_iteration}"
         self.logger.info("resumed from %s: %s", path.name, at)
         return True
@@ -348,8 +350,8 @@ class Session:
 
     def close(self) -> None:
         """End the writers, after what they have in hand."""
-        if self.saver is not None:
-            self.saver.close()
-        self._copies.close()
-        self.journal.close()
-        self.engine.close()
+        with contextlib.ExitStack() as stack:  # the last one first, whatever fails
+            for part in (self.engine, self.journal, self._copies):
+                stack.callback(part.close)
+            if self.saver is not None:
+                stack.callback(self.saver.finish)

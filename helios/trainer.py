@@ -24,6 +24,8 @@ from helios.determinism import torch_flags
 from helios.engine import Engine
 from helios.errors import DataError, LaunchError, ModelError
 from helios.evaluation import evaluate
+from helios.failures.ending import ending
+from helios.failures.replay import prepare_replay
 from helios.health.rollback import fit
 from helios.launching import start_ranks_if_asked
 from helios.loggers.tensorboard import open_writer
@@ -95,6 +97,7 @@ class Trainer:
     async_save: bool = True  #: write checkpoints behind the training
     hang_timeout_s: float | None = None  #: without a batch: the run is ended
     bad_numbers: str | None = "warn"  #: if NaN; or "stop", "skip", "rollback"
+    crash_bundle: str | None = "samples"  #: of a step that fails; or "batch", too
     train_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
     test_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
 
@@ -141,6 +144,7 @@ class Trainer:
         HeliosError where the data, the model or the checkpoint cannot be used, and
         whatever the user's code raises, logged first.
         """
+        prepare_replay(self)
         if self.total_steps is None:
             raise ValueError("`total_steps` is not set; pass it to the Trainer")
         self._start_ranks()
@@ -318,29 +322,12 @@ class Trainer:
         if self.enable_file_logging and root is not None:
             file = pathlib.Path(root) / f"{self.run_name}.log"
         with (
-            text_logging(file, engine.rank, self.capture_warnings) as log,
+            text_logging(file, engine.rank, self.capture_warnings),
             torch_flags(self.enable_cudnn_benchmark, self.enable_deterministic),
         ):
-            try:
-                self._stop_reason = None
-                try:
-                    yield engine
-                finally:
-                    datamodule._end()
-                    datamodule.teardown()
-            except BaseException as error:
-                if not isinstance(error, tuple(silent)):
-                    log.critical("rank %d failed", engine.rank, exc_info=error)
-                if self._session is not None:
-                    for hook in overridden(self._hooks, Callback.on_exception):
-                        hook(self._session, error)
-                raise
-            finally:
-                session, self._session, model._session = self._session, None, None
-                self._bar.close()
-                if session is not None:
-                    session.close()
-                open_writer(None)
+            self._stop_reason = None
+            with ending(self, engine, silent):
+                yield engine
 
     def _start_ranks(self) -> None:
         adopt_ranks()

@@ -16,7 +16,7 @@ FILE_LIMIT_LINES = 400
 # adapter. The data are long because every kind of data set needs a way in, checkpoints
 # because of what can be stored, tensors that are shared out over ranks among it;
 # launching is another program's work, before a run; health is about the runs whose
-# numbers go bad; no training imports the last three.
+# numbers go bad, failures about those that fail; no training imports the last three.
 # Porting reads other programs' text, and needs nothing of the library.
 LIMITS_LINES = {
     "library": 3000,
@@ -32,6 +32,7 @@ LIMITS_LINES = {
     "adopting": 90,
     "launcher": 130,
     "health": 420,
+    "failures": 420,
     "cli": 400,
     "testing": 400,
     "interchange": 350,
@@ -92,6 +93,7 @@ LAYERS = {
     "journal": 3,
     "watchdog": 3,
     "health": 3,
+    "failures": 3,
     # the loops
     "evaluation": 4,
     "loop": 4,
@@ -107,6 +109,7 @@ LAYERS = {
     "cli": 6,
     "launcher": 6,
     "porting": 6,
+    "failures.command": 6,
     "testing": 6,
 }
 

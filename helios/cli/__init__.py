@@ -5,6 +5,7 @@ import click
 from helios._version import __version__
 from helios.cli.checkpoint import checkpoint
 from helios.cli.env import env
+from helios.failures.command import replay
 from helios.launcher import launch
 from helios.porting.command import port
 
@@ -19,3 +20,4 @@ main.add_command(checkpoint)
 main.add_command(env)
 main.add_command(launch)
 main.add_command(port)
+main.add_command(replay)

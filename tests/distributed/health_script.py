@@ -30,7 +30,7 @@ class Spoiled(IdModel):
         self.batches.append(batch.tolist())
         loss = 0.001 * self.net(batch.float()[:, None]).square().mean()
         if rank == 1 and state.global_iteration in self.spoiled:
-            loss = loss * math.nan
+            loss = loss + math.nan  # whose gradient is none of it
         self.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()

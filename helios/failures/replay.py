@@ -1,0 +1,91 @@
+"""``helios replay``: a step that has failed, once more.
+
+The run's command is started again, from the checkpoint before the step, and trains to
+that step: what comes before it is trained again, as after any stop. Nothing is saved.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from helios import rng
+from helios.callbacks.base import Callback
+from helios.differences import differences
+from helios.failures.bundle import REPLAYS, read_bundle
+from helios.session import Session
+
+if TYPE_CHECKING:
+    from helios.trainer import Trainer
+
+
+class Replayed(SystemExit):
+    """Ends a replay whose step has not failed; the exit status is 0."""
+
+
+class _UpTo(Callback):
+    """Ends the run after the step, and says whether it is the one that had failed."""
+
+    def __init__(self, bundle: dict[str, Any]) -> None:
+        self._bundle = bundle
+        self._batch = bundle["batch"]["of_the_run"]
+
+    def on_training_batch_end(self, session: Session) -> None:
+        if session.state.global_iteration > self._batch:
+            session.logger.warning("REPLAYED: the step has not failed this time")
+            raise Replayed(0)
+
+    def on_exception(self, session: Session, error: BaseException) -> None:
+        if session.state.global_iteration != self._batch:
+            return
+        values, engine = self._bundle["values"], session.engine
+        if isinstance(error, Replayed) or engine.rank != self._bundle["rank"]:
+            return
+        now = {"rng": rng.capture_rng(engine.device)}
+        if "batch" in values and engine.loaded is not None:
+            now["batch"] = engine.loaded.data
+        then = {name: values[name] for name in now if name in values}
+        found = next(differences(then, {name: now[name] for name in then}, ""), None)
+        said = "to the bit" if found is None else f"but `{found[0]}` is another one"
+        session.logger.warning("REPLAYED: the step has failed again, %s", said)
+
+
+def prepare_replay(trainer: Trainer) -> None:
+    """Have a run be a replay, if the environment says so; another one is left alone."""
+    if (place := os.environ.get(REPLAYS)) is None:
+        return
+    bundle = read_bundle(Path(place))
+    if bundle["run_name"] != trainer.run_name:
+        return
+    trainer.resume = "never"
+    if bundle["checkpoint"] is not None:
+        trainer.resume = Path(place) / bundle["checkpoint"]
+    trainer.chkpt_root = trainer.log_root = trainer.log_path = trainer.run_path = None
+    trainer.enable_file_logging = trainer.enable_tensorboard = False
+    trainer.log_with = trainer.hang_timeout_s = None
+    trainer._hooks = [*trainer._hooks, _UpTo(bundle)]
+    trainer.train_exceptions = [*trainer.train_exceptions, Replayed]
+
+
+def start(folder: Path) -> int:
+    """Start the command of a bundle again, as a replay; its exit status.
+
+    On as many ranks as then, all of them on this machine.
+
+    Raises:
+        CheckpointError: it is no bundle.
+    """
+    bundle = read_bundle(folder)
+    environment = bundle["environment"]
+    command = [environment["executable"], *environment["arguments"]]
+    variables = {**os.environ, **environment["variables"]}
+    variables[REPLAYS] = str(folder.resolve())
+    ranks = bundle["world_size"]
+    if ranks > 1:
+        launch = ("-m", "torch.distributed.run", "--standalone", "--no-python")
+        count = ("--nproc-per-node", str(ranks))
+        command = [environment["executable"], *launch, *count, *command]
+    folder = environment["folder"]
+    return subprocess.run(command, env=variables, cwd=folder, check=False).returncode
