@@ -191,6 +191,7 @@ class Saver:
                 self._drop(begun)
                 raise
             begun.failure = f"{type(error).__name__}: {error}"
+            self._hook_error = None if isinstance(error, OSError) else error
             return
         if is_alone:
             self._seal(begun)
@@ -306,6 +307,8 @@ class Saver:
             self._background.check()
         except CheckpointError as error:
             self._report(error)
+            if not isinstance(error.__cause__, OSError | CheckpointError | None):
+                raise error.__cause__ from None  # it is not the disk's
         user_error, self._hook_error = self._hook_error, None
         if user_error is not None:
             raise user_error

@@ -39,6 +39,8 @@ def ending(trainer: Trainer, engine: Engine, silent: Sequence[Any]) -> Iterator[
 
     def note(error: BaseException) -> None:
         failures.append(error)
+        if error.__context__ is failures[0]:  # has been told
+            error.__context__ = None
         if isinstance(error, tuple(silent)):
             return
         is_first = len(failures) == 1

@@ -51,40 +51,8 @@ class FailingData(IndexData):
         self._add_train_phase(FailingItem(3))
 
 
-class FailingDataSetup(IndexData):
-    setup = fail
-
-
-class FailingCallback(helios.Callback):
-    on_training_batch_end = fail
-
-
 def failing(hook):
     return type("Failing", (IdModel,), {hook: fail})()
-
-
-FAILURES = {
-    "setup": lambda: (failing("setup"), IndexData()),
-    "train_step": lambda: (failing("train_step"), IndexData()),
-    "valid_step": lambda: (failing("valid_step"), IndexData()),
-    "user_state_dict": lambda: (failing("user_state_dict"), IndexData()),
-    "data set": lambda: (IdModel(), FailingData()),
-    "data setup": lambda: (IdModel(), FailingDataSetup()),
-    "callback": lambda: (IdModel(), IndexData(), FailingCallback()),
-}
-
-
-@pytest.mark.parametrize("place", FAILURES)
-def test_exception_is_logged_with_its_traceback_and_raised(tmp_path, capsys, place):
-    model, data, *callbacks = FAILURES[place]()
-    logs = {"enable_file_logging": True, "log_root": tmp_path}
-    with pytest.raises(Broken, match="on purpose"):
-        train(model, data, tmp_path, *callbacks, **OPTIONS, **logs)
-    for text in (capsys.readouterr().err, (tmp_path / "run.log").read_text()):
-        assert "rank 0" in text
-        assert text.count("Traceback (most recent call last)") == 1
-        assert "in fail" in text
-        assert "Broken: on purpose" in text
 
 
 def test_exceptions_that_are_named_pass_unlogged(tmp_path, capsys):

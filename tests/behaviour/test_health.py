@@ -365,7 +365,7 @@ def test_look_at_gradients_changes_no_bit_of_them():
 
 
 class Growing(torch.utils.data.IterableDataset):
-    """A stream with a state that reading changes for good."""
+    """A stream that goes on where it is, as long as the same object is asked."""
 
     def __init__(self):
         self.position = 0
@@ -376,6 +376,8 @@ class Growing(torch.utils.data.IterableDataset):
             yield self.position - 1
         self.position = 0
 
+
+class GrowingWithState(Growing):
     def state_dict(self):
         return {"position": self.position}
 
@@ -384,13 +386,18 @@ class Growing(torch.utils.data.IterableDataset):
 
 
 class GrowingData(helios.DataModule):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
     def setup(self):
-        self._add_train_phase(Growing(), {"batch_size": 2})
+        self._add_train_phase(self.kind(), {"batch_size": 2})
 
 
-def test_stream_is_entered_where_the_checkpoint_is_on_the_way_back(tmp_path):
+@pytest.mark.parametrize("kind", [Growing, GrowingWithState])
+def test_stream_is_entered_where_the_checkpoint_is_on_the_way_back(tmp_path, kind):
     options = {"total_steps": 10, "train_unit": "iteration", "chkpt_frequency": 3}
     model, without = Spoiled(5, 8), Spoiled(5, 8, leaves_out=True)
-    train(model, GrowingData(), tmp_path, bad_numbers="rollback", **options)
-    train(without, GrowingData(), None, bad_numbers=None, **options)
+    train(model, GrowingData(kind), tmp_path, bad_numbers="rollback", **options)
+    train(without, GrowingData(kind), None, bad_numbers=None, **options)
     assert digest(model.net.state_dict()) == digest(without.net.state_dict())
