@@ -137,6 +137,8 @@ def _link_checkpoint(session: Session, folder: Path) -> str | None:
 
     None: the run began without one.
     """
+    if session.saver is not None:
+        session.saver._background.wait()  # for the one in flight
     if (last := session.base) is None:
         return None
     kept = folder / CHECKPOINT / last.name
