@@ -35,6 +35,7 @@ from helios.retention import KeepBest, SaveOptions
 from helios.session import Session
 from helios.signals import stop_on_signals
 from helios.state import Schedule, TrainingState, TrainingUnit
+from helios.verifying.trace import prepare_verification
 from helios.watchdog import watched
 
 if TYPE_CHECKING:
@@ -145,6 +146,7 @@ class Trainer:
         whatever the user's code raises, logged first.
         """
         prepare_replay(self)
+        prepare_verification(self)
         if self.total_steps is None:
             raise ValueError("`total_steps` is not set; pass it to the Trainer")
         self._start_ranks()

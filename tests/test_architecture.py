@@ -33,6 +33,7 @@ LIMITS_LINES = {
     "launcher": 130,
     "health": 420,
     "failures": 420,
+    "verifying": 450,
     "cli": 400,
     "testing": 400,
     "interchange": 350,
@@ -94,6 +95,7 @@ LAYERS = {
     "watchdog": 3,
     "health": 3,
     "failures": 3,
+    "verifying": 3,
     # the loops
     "evaluation": 4,
     "loop": 4,
@@ -110,6 +112,7 @@ LAYERS = {
     "launcher": 6,
     "porting": 6,
     "failures.command": 6,
+    "verifying.command": 6,
     "testing": 6,
 }
 

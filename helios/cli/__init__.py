@@ -8,6 +8,7 @@ from helios.cli.env import env
 from helios.failures.command import replay
 from helios.launcher import launch
 from helios.porting.command import port
+from helios.verifying.command import verify_resume
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -21,3 +22,4 @@ main.add_command(env)
 main.add_command(launch)
 main.add_command(port)
 main.add_command(replay)
+main.add_command(verify_resume)

@@ -1,0 +1,1 @@
+"""Verifying: whether a program's runs end the same wherever they are stopped."""

@@ -1,0 +1,176 @@
+"""``helios verify-resume``: the command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn, TypeAlias
+
+import click
+
+from helios.verifying.comparing import Difference, Run, explain, first_difference
+
+# As in `trace`, which must be imported by the runs alone: it needs torch.
+_FOLDER, _STOP, _LAST = "HELIOS_VERIFY", "HELIOS_VERIFY_STOP", "HELIOS_VERIFY_LAST"
+_SHOWN_LINES = 30
+
+Traces: TypeAlias = dict[int, Run]  # by rank
+
+
+class _Runner:
+    """Runs the command as often as it takes; each run has a folder of its own."""
+
+    def __init__(
+        self, command: Sequence[str], root: Path, last: int | None, timeout_s: float
+    ) -> None:
+        self._command, self._root = command, root
+        self._last, self._timeout_s = last, timeout_s
+
+    def run(self, name: str, stops: Sequence[int] = ()) -> Traces:
+        """The traces by rank, of a run that was stopped at these batches."""
+        folder = self._root / name
+        folder.mkdir()
+        for number, stop in enumerate([*stops, None]):
+            log = folder / f"{number}.log"
+            status = self._start(folder, log, stop)
+            traces = {
+                int(path.stem.rpartition("_")[2]): Run.read(path)
+                for path in sorted(folder.glob("*.rank_*.jsonl"))
+            }
+            # One that was stopped may say so by its exit status.
+            until = self._last if stop is None else stop
+            has_come = traces and all(
+                run.has_ended or (until is not None and until in run.batches)
+                for run in traces.values()
+            )
+            if not has_come:
+                where = "to its end" if until is None else f"to batch {until}"
+                end = f"has not trained {where} with Helios; exit status {status}"
+                self._fail(log, end)
+        return traces
+
+    def _start(self, folder: Path, log: Path, stop: int | None) -> int:
+        env = {**os.environ, _FOLDER: str(folder.resolve())}
+        env |= {} if stop is None else {_STOP: str(stop)}
+        env |= {} if self._last is None else {_LAST: str(self._last)}
+        with open(log, "wb") as out:
+            process = subprocess.Popen(
+                self._command,
+                env=env,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            return process.wait(self._timeout_s)
+        except BaseException as error:  # also an impatient interrupt
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                why = f"has not ended within {self._timeout_s:g} s; see `--timeout-s`"
+                self._fail(log, why)
+            raise
+
+    def _fail(self, log: Path, why: str) -> NoReturn:
+        text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        click.echo("\n".join(text[-_SHOWN_LINES:]), err=True)
+        raise click.UsageError(f"the command {why}")
+
+
+def _is_cuda(traces: Traces) -> bool:
+    batch = next(iter(traces[min(traces)].batches.values()))
+    return any(name.startswith("rank.rng.cuda") for name in batch["values"])
+
+
+def _choose(at: Sequence[int], count: int, seed: int, total: int) -> list[int]:
+    if not at:
+        among = range(1, max(total, 2))
+        return sorted(random.Random(seed).sample(among, min(count, len(among))))
+    if late := [n for n in at if not 1 <= n <= total]:
+        raise click.UsageError(
+            f"`--at` must be from 1 to {total} batches, got {late[0]}"
+        )
+    return sorted({*at})
+
+
+@click.command(
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}
+)
+@click.option("--at", multiple=True, type=int, help="Batch to stop after; repeatable.")
+@click.option(
+    "--stops", default=2, show_default=True, help="Random stops without --at."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the random stops.")
+@click.option("--batches", type=click.IntRange(2), help="Train no more than these.")
+@click.option("--timeout-s", default=3600.0, show_default=True, help="Of each run.")
+@click.option("--keep", type=click.Path(path_type=Path), help="New folder for traces.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def verify_resume(
+    at: tuple[int, ...],
+    stops: int,
+    seed: int,
+    batches: int | None,
+    timeout_s: float,
+    keep: Path | None,
+    command: tuple[str, ...],
+) -> None:
+    """Prove that COMMAND, a training with Helios, ends the same wherever it is stopped.
+
+    It is run without a stop, and then with stops after some batches, each time until it
+    stops, and from where it stopped. After each batch the samples, their values, random
+    numbers, losses, weights and optimizers are compared; the first difference is named,
+    with its likely cause. Checkpoints and logs go to a temporary folder.
+
+    Exit status: 0 where the runs are identical, 1 where they are not, 2 where the
+    command cannot be verified.
+    """
+    if keep is not None and keep.exists() and any(keep.iterdir()):
+        raise click.UsageError(f"`--keep` must be a new folder, {keep} has files")
+    with contextlib.ExitStack() as stack:
+        root = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        root.mkdir(parents=True, exist_ok=True)
+        status = _verify(_Runner(command, root, batches, timeout_s), at, stops, seed)
+    sys.exit(status)
+
+
+def _verify(runner: _Runner, at: Sequence[int], stops: int, seed: int) -> int:
+    whole = runner.run("whole")
+    total = max(max(run.batches, default=0) for run in whole.values())
+    ranks = f"{len(whole)} rank{'s' if len(whole) > 1 else ''}"
+    click.echo(f"without a stop: {total} batches, {ranks}")
+    chosen = _choose(at, stops, seed, total)
+    parts = runner.run("parts", chosen)
+    click.echo(f"stopped after batch {', '.join(map(str, chosen))}, and resumed")
+    if (found := _compare(whole, parts)) is None:
+        values = next(iter(whole[min(whole)].batches.values()))["values"]
+        click.echo(
+            f"IDENTICAL: samples, random numbers, losses and {len(values)} values of "
+            f"the state, after each of {total} batches"
+        )
+        return 0
+    again = _compare(whole, runner.run("again"))
+    click.echo("DIFFERENT" if again is None else "DIFFERENT, also without a stop")
+    for line in explain(again or found, again is None, _is_cuda(whole)):
+        click.echo(line)
+    return 1
+
+
+def _compare(one: Traces, other: Traces) -> Difference | None:
+    """The first difference of any rank."""
+    if one.keys() != other.keys():
+        kinds = f"{len(one)} ranks, and then {len(other)}"
+        raise click.UsageError(f"the command has started {kinds}")
+    found = [first_difference(one[rank], other[rank], rank) for rank in one]
+    return min(
+        (d for d in found if d is not None),
+        key=lambda d: (d.batch is None, d.batch),
+        default=None,
+    )

@@ -1,0 +1,89 @@
+"""`helios verify-resume`: proofs, and the first difference, of real scripts."""
+
+import pathlib
+import sys
+
+import pytest
+from click.testing import CliRunner
+
+from helios.cli import main
+
+SCRIPT = pathlib.Path(__file__).with_name("verified_script.py")
+RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def verify(monkeypatch, tmp_path, kind, *options, launcher=()):
+    """Exit status and output; the script finds `support`."""
+    tests = SCRIPT.parents[1]
+    monkeypatch.setenv("PYTHONPATH", f"{tests.parent}:{tests}")
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, *launcher, str(SCRIPT), kind]
+    done = CliRunner().invoke(main, ["verify-resume", *options, *command])
+    print(done.output)
+    return done.exit_code, done.output
+
+
+def test_run_that_resumes_exactly_is_called_identical(monkeypatch, tmp_path):
+    options = ("--at", "4", "--at", "9", "--keep", "kept")
+    status, output = verify(monkeypatch, tmp_path, "saving", *options)
+    assert status == 0
+    assert "without a stop: 15 batches, 1 rank" in output
+    assert "stopped after batch 4, 9, and resumed" in output
+    assert "IDENTICAL" in output
+    logs = [tmp_path / "kept" / "parts" / f"{n}.log" for n in range(3)]
+    assert ["resumed from" in log.read_text() for log in logs] == [False, True, True]
+    assert {path.name for path in tmp_path.iterdir()} == {"kept"}
+
+
+def test_attribute_that_is_not_saved_is_named(monkeypatch, tmp_path):
+    status, output = verify(monkeypatch, tmp_path, "counting", "--at", "4")
+    assert status == 1
+    assert "first difference: a loss or a score, rank 0, at batch 5" in output
+    assert "not saved: `self.seen`: 5, then 1" in output
+    assert "likely cause: the step depends on something that is not saved" in output
+    assert "also without a stop" not in output
+
+
+KINDS = [
+    ("drawing", ["random numbers", "`rank.rng.torch`", "drawn more or fewer"]),
+    ("unseeded", ["also without a stop", "a generator without a seed", "batch 1 "]),
+    ("own_generator", ["the values of the same samples", "sample_rng"]),
+    ("own_order", ["the samples of the batch", "without a seed"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "expected"), KINDS, ids=[k for k, _ in KINDS])
+def test_cause_of_a_difference_is_named(monkeypatch, tmp_path, kind, expected):
+    status, output = verify(monkeypatch, tmp_path, kind, "--at", "7")
+    assert status == 1
+    assert "DIFFERENT" in output
+    for text in expected:
+        assert text in output
+
+
+@pytest.mark.slow
+def test_ranks_are_compared_each_by_itself(monkeypatch, tmp_path):
+    options = ("--stops", "1", "--batches", "6")
+    status, output = verify(monkeypatch, tmp_path, "ids", *options, launcher=RANKS)
+    assert status == 0
+    assert "without a stop: 6 batches, 2 ranks" in output
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("failing", (), ["ValueError: it fails", "exit status 1"]),
+        ("idle", (), ["the command has not trained to its end with Helios"]),
+        ("good", ("--at", "16"), ["`--at` must be from 1 to 15 batches, got 16"]),
+        ("good", ("--timeout-s", "0.1"), ["has not ended within 0.1 s"]),
+    ],
+    ids=["failing", "idle", "too_late", "too_slow"],
+)
+def test_command_that_cannot_be_verified_is_an_error(
+    monkeypatch, tmp_path, kind, options, expected
+):
+    status, output = verify(monkeypatch, tmp_path, kind, *options)
+    assert status == 2
+    for text in expected:
+        assert text in output
