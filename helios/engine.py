@@ -348,11 +348,8 @@ class Engine:
                 optimizer._is_overflow = was_skipped
 
     def close(self) -> None:
-        """Finish the trackers, and leave no window open."""
-        # Not by end_training, which also ends the process group: a test may follow.
+        """Leave no window open."""
         self.accelerator.sync_gradients = True
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
 
 
 def _refuse_what_cannot_be_saved(accelerator: Accelerator) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -110,7 +111,7 @@ class Journal:
         for name, number in numbers.items():
             self._write(partial(self.writer.add_scalar, name, number, step))
         if session.engine.accelerator.trackers:
-            session.engine.accelerator.log(numbers, step=step)
+            self._track(session.engine.accelerator.log, numbers, step=step)
         shown = "  ".join(f"{name} {number:.4g}" for name, number in numbers.items())
         epoch = state.global_epoch + (state.dataset_iter > 0)
         session.logger.info("epoch %d  step %d  %s", epoch, step, shown)
@@ -122,8 +123,18 @@ class Journal:
         self._write(lambda: self.writer.flush())
 
     def close(self) -> None:
-        """End TensorBoard's log."""
+        """End TensorBoard's log, and the trackers."""
         self._write(lambda: self.writer.close())
+        # Not by end_training, which also ends the process group: a test may follow.
+        with contextlib.ExitStack() as stack:  # all of them, whatever fails
+            for tracker in self._session.engine.accelerator.trackers:
+                stack.callback(self._track, tracker.finish)
+
+    def _track(self, call: Callable[..., Any], *args: Any, **options: Any) -> None:
+        try:
+            call(*args, **options)
+        except OSError as error:  # logs never stop a run
+            self._session.logger.error("A TRACKER COULD NOT WRITE: %s", error)
 
     def _write(self, write: Callable[[], None]) -> None:
         try:

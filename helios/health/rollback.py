@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,8 @@ def _go_back(
     if (session.stop_reason or REASON).startswith((REASON, OF_ANOTHER)):
         session.stop_reason = None
     trainer._bar.close()
-    session.journal.close()
+    with contextlib.suppress(OSError):
+        session.journal.writer.close()  # and begun again behind the checkpoint
     datamodule._end()
     datamodule.teardown()
     trainer._set_up_data(session.engine, datamodule)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+from helios.loggers.text import get_root_logger
+
 
 class NullWriter:
     """Takes every call of a ``SummaryWriter`` and does nothing."""
@@ -33,5 +35,9 @@ def open_writer(folder: pathlib.Path | None, purge_step: int | None = None) -> A
         # Imported here: it takes longer than the rest of Helios together.
         from torch.utils.tensorboard import SummaryWriter
 
-        _current = SummaryWriter(str(folder), purge_step=purge_step)
+        try:
+            _current = SummaryWriter(str(folder), purge_step=purge_step)
+        except OSError as error:  # logs never stop a run
+            get_root_logger().error("THERE IS NO LOG FOR TENSORBOARD: %s", error)
+            _current = NullWriter()
     return _current

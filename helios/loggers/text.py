@@ -1,11 +1,11 @@
 """The root logger: the console and, if asked, a file that a resumed run continues."""
 
+import contextlib
 import logging
 import pathlib
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -20,12 +20,35 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _FileHandler(logging.FileHandler):
+    """Says on the console, once each time, that lines are missing in the file."""
+
+    _has_failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._is_failing = False
+        super().emit(record)
+        self._has_failed = self._is_failing
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's
+        self._is_failing = True
+        if not self._has_failed:
+            why = (
+                f"THE LOG FILE CANNOT BE WRITTEN, lines are missing: {sys.exception()}"
+            )
+            tqdm.write(why, file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of what is still to be written
+            super().close()
+
+
 def get_root_logger() -> logging.Logger:
     """The logger that Helios writes to, and users may."""
     return logging.getLogger("helios")
 
 
-@contextmanager
+@contextlib.contextmanager
 def text_logging(
     file: pathlib.Path | None, rank: int = 0, capture_warnings: bool = False
 ) -> Iterator[logging.Logger]:
@@ -39,14 +62,18 @@ def text_logging(
     handlers: list[logging.Handler] = [_ConsoleHandler()]
     handlers[0].setLevel(logging.WARNING if rank else logging.INFO)
     handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        path = file.with_suffix(f".rank_{rank}{file.suffix}") if rank else file
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
-        form = "%(asctime)s %(levelname)s %(message)s"
-        handlers[1].setFormatter(logging.Formatter(form))
     logger.setLevel(logging.INFO)
     logger.propagate, logger.handlers = False, handlers
+    if file is not None:
+        path = file.with_suffix(f".rank_{rank}{file.suffix}") if rank else file
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(_FileHandler(path, encoding="utf-8"))
+        except OSError as error:  # logs never stop a run
+            logger.error("THERE IS NO LOG FILE, as it cannot be written: %s", error)
+        form = "%(asctime)s %(levelname)s %(message)s"
+        for handler in handlers[1:]:
+            handler.setFormatter(logging.Formatter(form))
     if capture_warnings:
         logging.captureWarnings(True)
         warned.handlers = handlers

@@ -200,7 +200,8 @@ class Model(RandomModel):
         is_there = self.engine.rank == int(ranks) - 1 and "CURED" not in os.environ
         if is_there and state.global_iteration == int(fails_at):
             self._noise()
-            print("the weights:", self.net[0].weight.sum().item().hex(), flush=True)
+            weight = self.unwrap(self.net)[0].weight.sum().item()
+            print("the weights:", weight.hex(), flush=True)
             raise ValueError("on purpose")
         super().train_step(batch, state)
 

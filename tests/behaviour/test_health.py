@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker, on_main_process
 from support import (
     Case,
     IdModel,
@@ -22,6 +23,7 @@ import helios
 from helios.checkpoint import CheckpointStore, read_checkpoint
 from helios.errors import BadNumbersError
 from helios.health.watch import _WARN_EVERY, Health
+from helios.loggers.tensorboard import get_tensorboard_writer
 
 IN_STEPS = {"train_unit": "iteration", "total_steps": 8}
 
@@ -370,6 +372,48 @@ def test_look_at_gradients_changes_no_bit_of_them():
     health._look_at_gradients(torch.optim.SGD([parameter]))
     assert health._values[0][1].item() == 0
     assert parameter.grad.view(torch.int32).equal(parameter.data.view(torch.int32))
+
+
+class Tracker(GeneralTracker):
+    """A logger that keeps what it is told."""
+
+    name, requires_logging_directory, tracker = "kept", False, None
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    @on_main_process
+    def store_init_configuration(self, values):
+        pass
+
+    @on_main_process
+    def log(self, values, step=None):
+        self.steps.append(step)
+
+    def finish(self):
+        self.steps.append("end")
+
+
+def test_trackers_and_tensorboard_go_on_over_the_way_back(tmp_path):
+    tracker, writers = Tracker(), []
+
+    class Logging(Spoiled):
+        def train_step(self, batch, state):
+            super().train_step(batch, state)
+            self.log("step", state.current_iteration)
+            writer = get_tensorboard_writer()
+            writers.extend([writer] if writer not in writers else [])
+
+    options = {**IN_STEPS, "chkpt_frequency": 4, "print_frequency": 1}
+    options |= {"log_root": tmp_path, "enable_tensorboard": True}
+    model = Logging(5)
+    train(
+        *(model, IndexData(20), tmp_path),
+        **{**options, "log_with": [tracker], "bad_numbers": "rollback"},
+    )
+    assert tracker.steps == [1, 2, 3, 4, 5, 6, 5, 7, 8, "end"]
+    assert [writer.all_writers for writer in writers] == [None, None]
 
 
 class Growing(torch.utils.data.IterableDataset):
