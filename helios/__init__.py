@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from helios.data.datamodule import DataModule as DataModule
     from helios.data.params import DataLoaderParams as DataLoaderParams
     from helios.errors import HeliosError as HeliosError
+    from helios.handwritten import RunStopped as RunStopped
+    from helios.handwritten import Session as Session
     from helios.model.model import BatchPhase as BatchPhase
     from helios.model.model import Model as Model
     from helios.retention import KeepBest as KeepBest
-    from helios.session import Session as Session
     from helios.state import TrainingState as TrainingState
     from helios.state import TrainingUnit as TrainingUnit
     from helios.trainer import Trainer as Trainer
@@ -23,9 +24,9 @@ _HOMES = {
     "helios.data.datamodule": ["DataModule"],
     "helios.data.params": ["DataLoaderParams"],
     "helios.errors": ["HeliosError"],
+    "helios.handwritten": ["RunStopped", "Session"],
     "helios.model.model": ["BatchPhase", "Model"],
     "helios.retention": ["KeepBest"],
-    "helios.session": ["Session"],
     "helios.state": ["TrainingState", "TrainingUnit"],
     "helios.trainer": ["Trainer"],
 }

@@ -25,8 +25,8 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
     recursively_apply,
-    send_to_device,
 )
+from accelerate.utils import send_to_device as send_to_device
 from torch import nn
 
 from helios.determinism import settle_buckets

@@ -36,7 +36,7 @@ def may_differ(engine: Engine, loader: ResumableDataLoader, feed: Feed) -> bool:
     return engine.agree(loader.plan.is_sharded)
 
 
-def _to_the_end_of_all(
+def to_the_end_of_all(
     engine: Engine, loader: ResumableDataLoader, feed: Feed
 ) -> Iterator[Loaded]:
     """The batches of an evaluation; all ranks have as many.
@@ -93,7 +93,7 @@ def evaluate(
     session.journal.keep("means")
     with torch.no_grad():
         feed = Feed(loader, engine.place)
-        for number, loaded in enumerate(_to_the_end_of_all(engine, loader, feed)):
+        for number, loaded in enumerate(to_the_end_of_all(engine, loader, feed)):
             engine.loaded = loaded
             before(number)
             step(prepare(loaded.data), number)

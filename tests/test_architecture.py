@@ -17,7 +17,9 @@ FILE_LIMIT_LINES = 400
 # because of what can be stored, tensors that are shared out over ranks among it;
 # launching is another program's work, before a run; health is about the runs whose
 # numbers go bad, failures about those that fail; no training imports the last three.
-# Porting reads other programs' text, and needs nothing of the library.
+# Porting reads other programs' text, and needs nothing of the library. Loops by hand
+# are for who has one: the Trainer needs neither those, nor loaders that were not made
+# for Helios, nor trees without a run. A longer name counts before a shorter one.
 LIMITS_LINES = {
     "library": 3000,
     "data": 2400,
@@ -38,6 +40,9 @@ LIMITS_LINES = {
     "testing": 400,
     "interchange": 350,
     "porting": 560,
+    "handwritten": 560,
+    "data.adopting": 300,
+    "checkpoint.trees": 80,
 }
 
 # A module may import modules of its own layer and of those below. The longest
@@ -75,6 +80,7 @@ LAYERS = {
     "data.params": 1,
     "data.loader": 1,
     "data.feed": 1,
+    "data.adopting": 3,
     "checkpoint.types": 1,
     "checkpoint.tensors": 1,
     "checkpoint.codec": 1,
@@ -107,6 +113,7 @@ LAYERS = {
     "arguments": 5,
     "interchange": 5,
     "trainer": 5,
+    "handwritten": 5,
     # the command; what users' tests call
     "cli": 6,
     "launcher": 6,
@@ -316,8 +323,8 @@ def test_files_and_library_stay_small(modules: dict[str, Module]) -> None:
     assert {p: n for p, n in sizes.items() if n > FILE_LIMIT_LINES} == {}
     parts = dict.fromkeys(LIMITS_LINES, 0)
     for module in modules.values():
-        part = module.name.partition(".")[0]
-        parts[part if part in parts else "library"] += module.n_filled
+        names = [module.name, module.name.partition(".")[0], "library"]
+        parts[next(name for name in names if name in parts)] += module.n_filled
     assert {p: n for p, n in parts.items() if n > LIMITS_LINES[p]} == {}
 
 

@@ -1,5 +1,6 @@
 """Where samples come from, in which order, and with which random numbers."""
 
+from helios.data.adopting import make_resumable as make_resumable
 from helios.data.datamodule import DataModule as DataModule
 from helios.data.datamodule import Dataset as Dataset
 from helios.data.datamodule import DatasetSplit as DatasetSplit

@@ -1,5 +1,6 @@
 """Parts that the tests share: small data, small models, recorders, ranks."""
 
+from support.byhand import ByHand, Stop
 from support.data import AugmentedDataset, IndexData, IndexDataset, RandomData
 from support.models import IdModel, RandomModel, TraceModel
 from support.ranks import run_ranks
@@ -8,6 +9,7 @@ from support.runs import RecordingCallback, StopAt, TraceCallback, digest, train
 
 __all__ = [
     "AugmentedDataset",
+    "ByHand",
     "Case",
     "IdModel",
     "IndexData",
@@ -16,6 +18,7 @@ __all__ = [
     "RandomData",
     "RandomModel",
     "RecordingCallback",
+    "Stop",
     "StopAt",
     "TraceCallback",
     "TraceModel",

@@ -1,0 +1,378 @@
+"""The Session of a loop that its user has written."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from helios import fingerprint, session
+from helios.arguments import check_writable
+from helios.callbacks.base import Callback, overridden
+from helios.checkpoint import CheckpointStore
+from helios.data.adopting import check_loader
+from helios.data.feed import Feed
+from helios.engine import Accelerator
+from helios.errors import DataError, LaunchError, ModelError
+from helios.evaluation import to_the_end_of_all
+from helios.handwritten.arguments import check_arguments
+from helios.handwritten.parts import TRAIN, Held, Loaders, engine_for
+from helios.loggers.tensorboard import open_writer
+from helios.loggers.text import text_logging
+from helios.loop import Run
+from helios.retention import KeepBest, SaveOptions
+from helios.signals import stop_on_signals
+from helios.state import Boundary, EpochStage, Schedule, TrainingUnit
+from helios.watchdog import watched
+
+STOPPED = 75  #: the exit status of a run that is to go on: EX_TEMPFAIL of sysexits.h
+
+
+class RunStopped(SystemExit):
+    """Raised in a loop that was asked to stop, when its checkpoint is on the disk.
+
+    Nobody needs to catch it: the process ends with the status 75, which says that the
+    same command is to be run again. What stands behind the loop runs only when training
+    is finished.
+    """
+
+    def __init__(self, reason: str | None) -> None:
+        super().__init__(STOPPED)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason}: stopped, to go on"
+
+
+class Session(session.Session):
+    """What a loop that you have written runs on, in the place of a Trainer.
+
+    It loads the newest checkpoint below ``path``, if there is one; :meth:`epochs` and
+    :meth:`batches` then go on where that was saved, to the same bits. Every rank must
+    make one, and use it alike. As a context manager it also logs what a failed loop has
+    raised.
+
+    ``objects`` are what training changes, under names of your choice: networks,
+    optimizers, schedulers, generators, and anything else with ``state_dict`` and
+    ``load_state_dict``; lists, tuples and dicts of these, too. What was registered with
+    ``accelerator.register_for_checkpointing`` is added. If none of them was prepared by
+    Accelerate, the session does so, and ``session["model"]`` is what to use.
+
+    ``notes`` is a dict for plain values and tensors that are to be saved, such as a
+    best score. Other variables of the loop begin anew at a resume.
+
+    Raises:
+        TypeError, ValueError: wrong arguments, naming them.
+        DataError, ModelError, LaunchError: what could not be resumed exactly.
+        ResumeError: the run is not the one that was saved.
+        CheckpointError: there can be no checkpoints, or that one cannot be used.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        path: str | os.PathLike[str],
+        *,
+        loaders: DataLoader[Any] | Mapping[str, DataLoader[Any]],
+        save_every: int | str | None = None,
+        log_every: int | None = 1,
+        resume: str | os.PathLike[str] = "auto",
+        random_seed: int | None = None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: KeepBest | None = None,
+        chkpt_interval_s: float | None = None,
+        async_save: bool = True,
+        allow_inexact: bool = False,
+        hang_timeout_s: float | None = None,
+        enable_tensorboard: bool = False,
+        callbacks: Sequence[Callback] = (),
+        **objects: Any,
+    ) -> None:
+        if isinstance(loaders, DataLoader):
+            loaders = {TRAIN: loaders}
+        check_arguments(vars() | objects, objects)
+        root = pathlib.Path(os.path.abspath(path))
+        schedule = Schedule(
+            train_unit=TrainingUnit.EPOCH,
+            total_steps=math.inf,
+            chkpt_frequency=1 if save_every == "epoch" else None,
+            print_frequency=log_every,
+            accumulation_steps=accelerator.gradient_accumulation_steps,
+        )
+        options = SaveOptions(
+            chkpt_interval_s=chkpt_interval_s,
+            keep_last=keep_last,
+            keep_every=keep_every,
+            keep_best=keep_best,
+            async_save=async_save,
+        )
+        for name, loader in loaders.items():
+            check_loader(loader, f"loaders[{name!r}]")
+        check_writable(root)
+        model = Held(root.name, objects, accelerator)
+        engine = model._engine = engine_for(model._holdings(), accelerator)
+        self._to_take = model.prepare()
+        own_seed = torch.initial_seed() if random_seed is None else random_seed
+        self._loaders = Loaders(loaders, engine, engine.broadcast(own_seed))
+        identity = {**self._loaders.identities(), **engine.identity()}
+        identity["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        stateful = [c for c in callbacks if overridden([c], Callback.state_dict)]
+        super().__init__(
+            engine,
+            model=model,
+            parts={
+                "data": self._loaders,
+                **{f"callback_{i}": c for i, c in enumerate(stateful)},
+            },
+            schedule=schedule,
+            identity=identity,
+            store=CheckpointStore(root),
+            options=options,
+            callbacks=callbacks,
+        )
+        model._session = self
+        self.notes = model.notes
+        self._held = model
+        self._save_every = save_every if isinstance(save_every, int) else None
+        self._hang_timeout_s = hang_timeout_s
+        self._run: Run | None = None
+        self._events: Iterator[Boundary] = iter(())
+        self._train: Any = None  # the iteration over training batches that is open
+        self._open: list[str] = []  # the other iterations that are
+        self._guards = contextlib.ExitStack()  # around the loop
+        self._check_ranks()
+        self._surroundings = contextlib.ExitStack()
+        log = root / f"{root.name}.log"
+        self._surroundings.enter_context(text_logging(log, engine.rank))
+        atexit.register(self.close)
+        try:
+            self._was_resumed = self.restore(resume, allow_inexact=allow_inexact)
+            self._loaders.adopt_streams(self.reading.get("streams", {}))
+            if enable_tensorboard and engine.is_main:
+                step = self.state.current_iteration
+                self.journal.writer = open_writer(
+                    root / "tensorboard", purge_step=step + 1 if step else 0
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> Any:
+        """An object as Accelerate has prepared it, by the name under which it came."""
+        self._to_take.discard(name)
+        return self._held.objects[name]
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, RunStopped):
+            self.logger.critical("rank %d failed", self.engine.rank, exc_info=error)
+            for hook in overridden(self.callbacks, Callback.on_exception):
+                hook(self, error)
+        self.close()
+
+    def epochs(self, total: int | None = None) -> Iterator[int]:
+        """The epochs that are left of ``total`` (None: for ever), counted from 0.
+
+        Each has to read ``batches("train")`` once. When they are done, the run is saved
+        as finished: started again, it has none left. A loop that is left by ``break``
+        isn't: started again, it goes on from its last checkpoint, and comes to the same
+        ``break``. Every rank must call.
+
+        Raises:
+            RunStopped: it was asked to stop, and is saved.
+        """
+        if total is not None and (type(total) is not int or total < 1):
+            raise ValueError(f"`total` must be an int >= 1 or None, got {total!r}")
+        if self._to_take:
+            name = min(self._to_take)
+            raise ModelError(
+                f"`{name}` was not prepared; Helios has had Accelerate do it, and what "
+                f'you have passed is no longer what to train: set `{name} = session["'
+                f'{name}"]` before the loop, or pass what `prepare` returns'
+            )
+        most = math.inf if total is None else total
+        self.schedule = dataclasses.replace(self.schedule, total_steps=most)
+        self._run = Run(self, self._model, self._loaders, self._was_resumed)
+        self._events = self._run.boundaries()
+        return self._epochs(self._run)
+
+    def _epochs(self, run: Run) -> Iterator[int]:
+        guards, state = self._guards, self.state
+        guards.enter_context(stop_on_signals(self.request_stop, self.request_save))
+        guards.enter_context(watched(self, self._hang_timeout_s))
+        with guards:
+            if state.epoch_stage == EpochStage.CLOSED:
+                self._meet(next(self._events))
+            while not run._is_over():
+                yield state.global_epoch
+                self._end_epoch()
+            for _ in self._events:
+                pass
+            self.wait_for_checkpoint()
+        at = f"{state.global_epoch} epochs, {state.current_iteration} steps"
+        self.logger.info("finished after %s", at)
+
+    def _end_epoch(self) -> None:
+        if self._train is None:
+            raise DataError(
+                f"epoch {self.state.global_epoch} has read no training batches; read "
+                '`session.batches("train")` in each turn of the loop over `epochs`'
+            )
+        self._train.close()
+        self._train = None
+        if self.state.epoch_stage != EpochStage.COMPLETE:
+            # The loop has left the epoch by `break`, behind a batch that counts.
+            self.state.epoch_stage = EpochStage.COMPLETE
+            next(self._events)
+            self._end_training()
+        self._meet(next(self._events))
+
+    def batches(self, name: str = TRAIN) -> Iterator[Any]:
+        """The batches of a loader, placed on the device.
+
+        Of ``"train"`` those that are left of the epoch: between two of them the run is
+        saved, and stopped. Any other loader is read from its start, whole or in part,
+        and between two training batches. Every rank must call.
+
+        Accelerate's ``accumulate``, ``sync_gradients`` and ``gather_for_metrics`` work
+        as with loaders that it has prepared.
+
+        Raises:
+            DataError: where the loader stands cannot be saved, or it yields nothing.
+            RunStopped: the run was asked to stop, and is saved.
+        """
+        if name not in self._loaders.names:
+            raise ValueError(f"`name` must be in {self._loaders.names}, got {name!r}")
+        if name != TRAIN:
+            return self._other_batches(name)
+        if self._run is None or self._train is not None:
+            raise DataError(
+                '`session.batches("train")` must be read once in each turn of a loop '
+                "over `session.epochs(...)`; make as many epochs as you want to read"
+            )
+        self._train = self._train_batches(self._run)
+        found: Iterator[Any] = self._train
+        return found
+
+    def _train_batches(self, run: Run) -> Iterator[Any]:
+        loader, state = self._loaders.open(TRAIN), self.state
+        accelerator, window = self.engine.accelerator, self.schedule.accumulation_steps
+        count = loader.batches_per_epoch
+        with loader.reported():
+            while True:
+                boundary = next(self._events)
+                if boundary is Boundary.READY:
+                    done = state.dataset_iter
+                    is_step = window == 1 or accelerator.sync_gradients
+                    ends_window = (done + 1) % window == 0
+                    # For `accelerate.accumulate`, which is then of the same opinion.
+                    loader.end_of_dataloader = done + 1 == count or (
+                        is_step and not ends_window
+                    )
+                    accelerator.step = done % window
+                    yield run.batch
+                    continue
+                self._meet(boundary)
+                if state.epoch_stage == EpochStage.COMPLETE:
+                    break
+        self._end_training()
+
+    def _end_training(self) -> None:
+        """What is logged from here to the next epoch is written at once."""
+        if self.schedule.print_frequency is None:
+            self.journal.flush()
+        self.journal.keep(None)
+
+    def _other_batches(self, name: str) -> Iterator[Any]:
+        loader, engine = self._loaders.open(name), self.engine
+        in_work = engine.loaded
+        loader.seek(self._loaders.count(name))
+        feed = Feed(loader, engine.place)
+        self._open.append(name)
+        try:
+            with loader.reported():
+                for loaded in to_the_end_of_all(engine, loader, feed):
+                    loader.end_of_dataloader = feed.ends_with(loaded)
+                    engine.loaded = loaded
+                    self.beats += 1
+                    yield loaded.data
+        finally:
+            self._open.remove(name)
+            engine.loaded = in_work
+
+    def accumulate(self) -> contextlib.AbstractContextManager[None]:
+        """The accumulation window of the batch in work.
+
+        It is open already: the loop may as well keep ``accelerator.accumulate``, or do
+        without. Gradients are summed up over the ranks with the last batch of a window,
+        and prepared optimizers and schedulers then step.
+        """
+        return contextlib.nullcontext()
+
+    def gather_for_metrics(self, values: Any) -> Any:
+        """As the accelerator's, for data of any kind: each sample counts once.
+
+        Every rank must call. See :meth:`helios.Model.gather_for_metrics`.
+        """
+        return self.engine.gather_for_metrics(values)
+
+    def close(self) -> None:
+        """End the log and the writers, after what they have in hand; once is enough."""
+        atexit.unregister(self.close)
+        with self._surroundings, self._guards:
+            if self.saver is not None:
+                self.saver.close()
+            self._copies.close()
+            self.journal.close()
+            self.engine.accelerator.sync_gradients = True
+
+    def _meet(self, boundary: Boundary) -> None:
+        """Do what is due at a boundary; RunStopped, if it is to stop."""
+        assert self._run is not None
+        if self._open:
+            raise DataError(
+                f"`session.batches({self._open[0]!r})` is still being read while a "
+                "batch, or an epoch, of training ends, and where it stands is not "
+                "saved; read it between two training batches, or put both into one "
+                "data set"
+            )
+        every = self._save_every
+        if boundary is Boundary.STEP and every is not None:
+            if self.state.current_iteration % every == 0:
+                self.request_save()
+        if self._run.meet(boundary):
+            self.wait_for_checkpoint()
+            stopped = RunStopped(self.stop_reason)
+            at = f"{self.state.global_epoch} epochs, {self.state.current_iteration}"
+            self.logger.info("%s after %s steps", stopped, at)
+            self.close()
+            raise stopped
+
+    def _check_ranks(self) -> None:
+        """Raise a LaunchError where the ranks do not run the same; all must call."""
+        facts = {**vars(self.schedule), **self.identity["train_data"]}
+        facts |= {"objects": sorted(self._held.objects), "loaders": self._loaders.names}
+        found = fingerprint.disagreements(self.engine.gather_objects(facts))
+        if found:
+            lines = "\n  ".join(found)
+            raise LaunchError(
+                f"the ranks do not agree:\n  {lines}\nstart all of them with the same "
+                "program, arguments and data"
+            )
