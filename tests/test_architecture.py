@@ -89,6 +89,7 @@ LAYERS = {
     "engine": 2,
     "checkpoint": 2,
     "checkpoint.store": 2,
+    "checkpoint.trees": 2,
     # what users subclass or attach; one execution
     "model": 3,
     "data": 3,

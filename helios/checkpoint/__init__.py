@@ -8,4 +8,6 @@ from helios.checkpoint.reading import find_damage as find_damage
 from helios.checkpoint.reading import read_checkpoint as read_checkpoint
 from helios.checkpoint.store import CheckpointStore as CheckpointStore
 from helios.checkpoint.store import find_last_checkpoint as find_last_checkpoint
+from helios.checkpoint.trees import load as load
+from helios.checkpoint.trees import save as save
 from helios.checkpoint.types import register_type as register_type
