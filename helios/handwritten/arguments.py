@@ -13,8 +13,11 @@ from helios.model import holdings
 from helios.state import check_name
 
 
-def check_arguments(given: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
-    """Raise a ValueError or TypeError on wrong arguments, before anything is made."""
+def check_arguments(given: Mapping[str, Any], objects: dict[str, Any]) -> Any:
+    """Raise a ValueError or TypeError on wrong arguments, before anything is made.
+
+    Returns the objects: those that Accelerate knows, where none are given.
+    """
     accelerator, path, loaders = (given[n] for n in ("accelerator", "path", "loaders"))
     if not isinstance(accelerator, Accelerator):
         raise TypeError(f"`accelerator` must be an Accelerator, got {accelerator!r}")
@@ -54,8 +57,16 @@ def check_arguments(given: Mapping[str, Any], objects: Mapping[str, Any]) -> Non
                 "either: it must be a network, an optimizer, a scheduler, or have "
                 f"`state_dict` and `load_state_dict`, got {value!r:.100}"
             )
+    known: Any = accelerator
+    objects = objects or {
+        "models": list(known._models),
+        "optimizers": list(known._optimizers),
+        "schedulers": list(known._schedulers),
+    }
     if not holdings.find(objects).optimizers:
         raise ValueError(
             "no optimizer was passed, so that nothing would be trained; pass it and "
-            "its networks by keywords, as `model=model, optimizer=optimizer`"
+            "its networks by keywords, as `model=model, optimizer=optimizer`, or none "
+            "of those that Accelerate has prepared"
         )
+    return objects

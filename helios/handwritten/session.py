@@ -63,9 +63,10 @@ class Session(session.Session):
 
     ``objects`` are what training changes, under names of your choice: networks,
     optimizers, schedulers, generators, and anything else with ``state_dict`` and
-    ``load_state_dict``; lists, tuples and dicts of these, too. What was registered with
-    ``accelerator.register_for_checkpointing`` is added. If none of them was prepared by
-    Accelerate, the session does so, and ``session["model"]`` is what to use.
+    ``load_state_dict``; lists, tuples and dicts of these, too. Without any, they are
+    all that Accelerate has prepared. What was registered with its
+    ``register_for_checkpointing`` is added. If you pass some, and none of them was
+    prepared, the session does so, and ``session["model"]`` is what to use.
 
     ``notes`` is a dict for plain values and tensors that are to be saved, such as a
     best score. Other variables of the loop begin anew at a resume.
@@ -100,7 +101,7 @@ class Session(session.Session):
     ) -> None:
         if isinstance(loaders, DataLoader):
             loaders = {TRAIN: loaders}
-        check_arguments(vars() | objects, objects)
+        objects = check_arguments(vars() | objects, objects)
         root = pathlib.Path(os.path.abspath(path))
         schedule = Schedule(
             train_unit=TrainingUnit.EPOCH,

@@ -1,0 +1,74 @@
+"""Handwritten digits, with Accelerate: the original of classifier_session.py.
+
+    accelerate launch examples/porting/classifier_accelerate.py runs/original
+
+Stopped, it begins again: what `save_state` has saved is for who writes the rest.
+"""
+
+import argparse
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+
+def main(args):
+    config = DataLoaderConfiguration(use_seedable_sampler=True)
+    accelerator = Accelerator(cpu=args.cpu, dataloader_config=config)
+    set_seed(args.seed)
+
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    samples = TensorDataset(images, torch.tensor(labels))
+    split = torch.Generator().manual_seed(0)
+    train, valid = random_split(samples, [1437, 360], split)
+    train_loader = DataLoader(train, batch_size=64, shuffle=True)
+    valid_loader = DataLoader(valid, batch_size=64)
+
+    model = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Flatten(), nn.Dropout(0.4), nn.Linear(16 * 8 * 8, 10)),
+    )
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler = OneCycleLR(optimizer, 5e-3, args.epochs * len(train_loader))
+    model, optimizer, scheduler, train_loader, valid_loader = accelerator.prepare(
+        model, optimizer, scheduler, train_loader, valid_loader
+    )
+
+    steps = 0
+    for epoch in range(args.epochs):
+        model.train()
+        for images, labels in train_loader:
+            loss = nn.functional.cross_entropy(model(images), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            steps += 1
+            if steps % 20 == 0:
+                accelerator.save_state(f"{args.folder}/step_{steps}")
+
+        model.eval()
+        correct = 0
+        for images, labels in valid_loader:
+            with torch.no_grad():
+                guesses = model(images).argmax(-1)
+            guesses, labels = accelerator.gather_for_metrics((guesses, labels))
+            correct += (guesses == labels).sum().item()
+        accelerator.print(f"epoch {epoch}: accuracy {correct / len(valid):.3f}")
+
+    accelerator.save_model(model, f"{args.folder}/final")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--cpu", action="store_true")
+    main(parser.parse_args())

@@ -1,0 +1,98 @@
+"""Pairs of an Accelerate script and its port: the same bits, in few changed lines."""
+
+import difflib
+import functools
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from support import run_ranks
+
+from helios.cli import main
+
+pytestmark = pytest.mark.timeout(400)  # whole scripts, several of them in a test
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "porting"
+STOPPED = Path(__file__).with_name("stopped_script.py")
+OPTIONS = ("--cpu", "--epochs", "2")
+PAIRS = sorted(
+    path.stem.removesuffix("_accelerate") for path in FOLDER.glob("*_accelerate.py")
+)
+
+
+def script(pair, kind):
+    return FOLDER / f"{pair}_{kind}.py"
+
+
+def train(path, ranks, folder):
+    run_ranks(path, ranks, folder / "run", *OPTIONS, cwd=folder)
+
+
+def weights(folder):
+    """The final ones, byte by byte."""
+    return (folder / "run" / "final" / "model.safetensors").read_bytes()
+
+
+def code(path):
+    """The lines below the docstring that are not empty."""
+    lines = path.read_text().split('"""', 2)[2].splitlines()
+    return [line for line in lines if line.strip()]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_port_has_six_changed_lines_at_most(pair):
+    old, new = (code(script(pair, kind)) for kind in ("accelerate", "session"))
+    changes = list(difflib.ndiff(old, new))
+    added = [line for line in changes if line.startswith("+ ")]
+    assert 0 < len(added) <= 6, added
+    assert len(new) <= len(old) + 3
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    """The folder of a script's run before it was ported, by pair and ranks."""
+
+    @functools.cache
+    def folder(pair, ranks):
+        made = tmp_path_factory.mktemp("originals")
+        train(script(pair, "accelerate"), ranks, made)
+        return made
+
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_weights_before_and_after_porting_are_bit_identical(
+    tmp_path, originals, pair, ranks
+):
+    train(script(pair, "session"), ranks, tmp_path)
+    assert weights(tmp_path) == weights(originals(pair, ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_port_that_is_stopped_by_a_signal_ends_with_the_same_weights(
+    tmp_path, originals, pair, ranks
+):
+    for batch in (7, 21)[ranks - 1 :]:
+        command = batch, script(pair, "session"), tmp_path / "run", *OPTIONS
+        run_ranks(STOPPED, ranks, *command, cwd=tmp_path)
+    assert not (tmp_path / "run" / "final").exists()
+    train(script(pair, "session"), ranks, tmp_path)
+    assert weights(tmp_path) == weights(originals(pair, ranks))
+
+
+@pytest.mark.parametrize(("ranks", "epoch", "batch"), [(1, 0, 20), (2, 1, 8)])
+def test_port_takes_up_what_the_original_has_saved_inside_an_epoch(
+    tmp_path, originals, ranks, epoch, batch
+):
+    saved = originals("classifier", ranks) / "run" / "step_20"
+    words = ["checkpoint", "import", saved, tmp_path, "--save-name", "run"]
+    words += ["--epoch", epoch, "--batch", batch]
+    done = CliRunner().invoke(main, [*map(str, words)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    train(script("classifier", "session"), ranks, tmp_path)
+    log = (tmp_path / "run" / "run.log").read_text()
+    assert f"resumed from run_epoch_{epoch}_iter_20" in log
+    assert weights(tmp_path) == weights(originals("classifier", ranks))
