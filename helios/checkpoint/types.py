@@ -26,7 +26,6 @@ _DTYPES = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)
 _ARRAYS = "biufcmMSU"  # kinds of numpy's dtypes
 _FACTORIES = {f.__name__: f for f in (list, dict, set, tuple, int, float, str, Counter)}
 _PATHS = {p.__name__: p for p in (PurePosixPath, PureWindowsPath)}
-_PATH_TYPES = (*_PATHS.values(), type(Path()))
 
 
 class _Registered(NamedTuple):
@@ -292,6 +291,6 @@ def kind_of(value: Any) -> Any:
         return enum.Enum
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return NamedTuple
-    if type(value) in _PATH_TYPES:
+    if isinstance(value, PurePath) and type(value) in (*_PATHS.values(), type(Path())):
         return PurePath
     return type(value)

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -32,6 +31,7 @@ from helios.loop import Run
 from helios.retention import KeepBest, SaveOptions
 from helios.signals import stop_on_signals
 from helios.state import Boundary, EpochStage, Schedule, TrainingUnit
+from helios.verifying.trace import traces
 from helios.watchdog import watched
 
 STOPPED = 75  #: the exit status of a run that is to go on: EX_TEMPFAIL of sysexits.h
@@ -102,7 +102,8 @@ class Session(session.Session):
         if isinstance(loaders, DataLoader):
             loaders = {TRAIN: loaders}
         objects = check_arguments(vars() | objects, objects)
-        root = pathlib.Path(os.path.abspath(path))
+        root, traced = traces(os.path.abspath(path))
+        callbacks = [*callbacks, *traced]
         schedule = Schedule(
             train_unit=TrainingUnit.EPOCH,
             total_steps=math.inf,
