@@ -1,5 +1,6 @@
 """Writing behind the training: a copy in host memory, and one thread."""
 
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias
@@ -21,6 +22,7 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "helios-writer")
         self._job: Future[None] | None = None
+        self._worker: threading.Thread | None = None  # while a job runs
         self._error: BaseException | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
@@ -74,7 +76,10 @@ class BackgroundWriter:
     def submit(self, job: Callable[[], None]) -> None:
         """Run ``job`` in the background, once the one in flight is done."""
         self.wait()
-        self._job = self._thread.submit(self._run, job)
+        try:
+            self._job = self._thread.submit(self._run, job)
+        except RuntimeError:  # the main thread has ended: no other begins any more
+            self._run(job)
 
     @property
     def is_busy(self) -> bool:
@@ -93,7 +98,16 @@ class BackgroundWriter:
             raise CheckpointError(f"{type(error).__name__}: {error}") from error
 
     def wait(self) -> None:
-        """Wait for the job in flight; :meth:`check` tells how it went."""
+        """Wait for the job in flight; :meth:`check` tells how it went.
+
+        Raises:
+            RuntimeError: it is that job which calls.
+        """
+        if self._worker is threading.current_thread():
+            raise RuntimeError(
+                "the writer of checkpoints cannot wait for itself: "
+                "`on_checkpoint_saved` is called by it"
+            )
         if self._job is not None:
             self._job.result()
             self._job = None
@@ -104,7 +118,10 @@ class BackgroundWriter:
         self._thread.shutdown()
 
     def _run(self, job: Callable[[], None]) -> None:
+        self._worker = threading.current_thread()
         try:
             job()
         except BaseException as error:  # nothing may end the thread unnoticed
             self._error = self._error or error
+        finally:
+            self._worker = None

@@ -71,6 +71,8 @@ def array_of(value: Any) -> Any:
     """An array, or one of the tensor's values, short floats as longer ones."""
     if not isinstance(value, torch.Tensor):
         return value
+    if value.dtype == torch.complex32:
+        value = value.to(torch.complex64)
     is_short = value.is_floating_point() and value.itemsize < 4
     return (value.float() if is_short else value).to_dense().numpy(force=True)
 

@@ -1,39 +1,39 @@
-"""Checkpoints of others: taken over, and given out in their forms.
+"""Checkpoints of others, taken over.
 
-What is taken over is read with `weights_only`, which runs no code, and what it cannot
-say is listed in the record. Weights are given out as safetensors; the folder that
-`Accelerator.load_state` reads has torch's own files beside them.
+They are read with `weights_only`, which runs no code. What they cannot say is listed in
+the record.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helios.checkpoint import Checkpoint, CheckpointStore, Encoder
-from helios.checkpoint.tensors import FORMS, write_tensors
+from helios.checkpoint import CheckpointStore, Encoder
+from helios.checkpoint.records import DAMAGE
 from helios.errors import CheckpointError, CheckpointNotFoundError
 from helios.state import TrainingState, check_name
 
 KINDS = ("networks", "optimizers", "schedulers", "others")
 # By kind: what Accelerate calls the files of its objects, the first of them.
-_FILES = {
+FILES = {
     "networks": "model.safetensors",
     "optimizers": "optimizer.bin",
     "schedulers": "scheduler.bin",
     "others": "custom_checkpoint_0.pkl",
 }
 _PICKLED = {"networks": "pytorch_model.bin"}  # by `safe_serialization=False`
-_METADATA = {"format": "pt"}  # which some readers insist on
+_MAX_RANKS = 1 << 16
 _LAYOUT = "the layout of these files is not documented: look at the first results"
 
 
@@ -61,8 +61,8 @@ class Found:
         name = f"{save_name}_epoch_{epoch}_iter_{step}"
         if (store.root / name).exists():
             raise FileExistsError(f"{store.root / name} exists")
-        named = _named(self.model.get("networks", {}))
-        whole = next(iter(named.values())) if len(named) == 1 else named
+        networks = named(self.model.get("networks", {}))
+        whole = next(iter(networks.values())) if len(networks) == 1 else networks
         trees = {"model": encoder.encode(whole, file="model")}
         parts: dict[str, Any] = {"model": self.model}
         if self.scaler is not None:
@@ -90,6 +90,30 @@ class Found:
         return store.commit(folder, name, record)
 
 
+def take_over(
+    source: Path, progress: Mapping[str, int], names: Mapping[str, Sequence[str]]
+) -> Found:
+    """Take over a folder of :func:`from_accelerate`, or a file of :func:`from_pth`.
+
+    Raises:
+        CheckpointError: it cannot be used.
+    """
+    read = from_accelerate if source.is_dir() else from_pth
+    try:
+        found = read(source, progress, names)
+    except DAMAGE as error:
+        raise CheckpointError(
+            f"{source} does not hold what it should: {error!r}"
+        ) from error
+    for name, value in found.progress.dict().items():
+        is_count = type(getattr(TrainingState(), name)) is int
+        if is_count and (type(value) is not int or value < 0):
+            raise CheckpointError(f"{source}: `{name}` is {value!r}, not an int >= 0")
+    if (last := max(found.rng, default=0)) >= _MAX_RANKS:
+        raise CheckpointError(f"{source} has random states of a rank {last}")
+    return found
+
+
 def from_accelerate(
     folder: Path, progress: Mapping[str, int], names: Mapping[str, Sequence[str]]
 ) -> Found:
@@ -106,7 +130,7 @@ def from_accelerate(
     if (folder / "helios.json").exists():
         raise CheckpointError(f"{folder} is a checkpoint of Helios already")
     model: dict[str, Any] = {}
-    for kind, first in _FILES.items():
+    for kind, first in FILES.items():
         paths = _files(folder, first) or _files(folder, _PICKLED.get(kind, first))
         states = [_read(path) for path in paths]
         model[kind] = states
@@ -189,81 +213,6 @@ def from_pth(
     return found
 
 
-def weights(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], list[str]]:
-    """The networks' tensors by dotted name, and the names of what is no tensor.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    if "model" not in checkpoint.record["trees"]:
-        raise CheckpointError(f"{checkpoint.path} has no weights")
-    tree = checkpoint.tree("model", has_classes=False)
-    tensors, others = dict[str, Tensor](), list[str]()
-    for name, value in _leaves(tree, ""):
-        if isinstance(value, Tensor):
-            tensors[name] = value
-        else:
-            others.append(name)
-    return tensors, others
-
-
-def save_weights(
-    tensors: Mapping[str, Tensor], path: Path, shard_bytes: int | None = None
-) -> None:
-    """Write one safetensors file, or a folder of shards with an index.
-
-    A tied tensor is in it under each of its names.
-
-    Raises:
-        CheckpointError: safetensors has no form for a tensor's dtype.
-    """
-    for name, tensor in tensors.items():
-        if tensor.dtype not in FORMS:
-            raise CheckpointError(f"{name} has dtype {tensor.dtype}: no form for it")
-    if shard_bytes is None:
-        with open(path, "xb") as out:
-            write_tensors(out, tensors, _METADATA)
-        return
-    path.mkdir()
-    store = CheckpointStore(path, max_shard_bytes=shard_bytes)
-    store.write_group(path, "model", tensors, metadata=_METADATA)
-
-
-def to_accelerate(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Write what `Accelerator.load_state` reads; return what is not in there.
-
-    The objects are numbered as they stand in the model, so they must be prepared in
-    that order.
-    """
-    training = checkpoint.tree("training", has_classes=False)
-    model, left_out = training["model"], list[str]()
-    for kind in KINDS[:3]:
-        for number, (name, state) in enumerate(_named(model.get(kind, {})).items()):
-            path = folder / _numbered_file(_FILES[kind], number)
-            if kind != "networks":
-                torch.save(state, path)
-                continue
-            found = dict(_leaves(state, ""))
-            tensors = {k: v for k, v in found.items() if isinstance(v, Tensor)}
-            save_weights(tensors, path)
-            left_out += [f"{name}.{k}" for k in found if k not in tensors]
-    if training.get("scaler"):
-        torch.save(training["scaler"]["scaler"], folder / "scaler.pt")
-    steps = checkpoint.record["progress"]["global_iteration"]
-    for group in checkpoint.record["trees"]:
-        if group.startswith("rank_"):
-            states = checkpoint.tree(group, has_classes=False)["rng"]
-            if states is None:  # of an import
-                left_out.append(f"the random numbers of {group}")
-                continue
-            path = folder / f"random_states_{group.removeprefix('rank_')}.pkl"
-            torch.save({"step": steps, **_rng_for(states)}, path)
-    others = {k: v for k, v in model.items() if k not in KINDS[:3]}
-    left_out += [f"{k} {sorted(v)}" for k, v in others.items() if type(v) is dict and v]
-    left_out.append("the position in the data: skip the batches of the epoch yourself")
-    return left_out
-
-
 def _say(found: Found, known: dict[str, Any], given: Mapping[str, int]) -> None:
     """Fill in how far the training is, and say what is not known of that."""
     known |= given
@@ -285,12 +234,13 @@ def _say(found: Found, known: dict[str, Any], given: Mapping[str, int]) -> None:
 def _files(folder: Path, first: str) -> list[Path]:
     """The files of one kind of objects, in their order."""
     found = list[Path]()
-    while (path := folder / _numbered_file(first, len(found))).exists():
+    while (path := folder / numbered_file(first, len(found))).exists():
         found.append(path)
     return found
 
 
-def _numbered_file(first: str, number: int) -> str:
+def numbered_file(first: str, number: int) -> str:
+    """What Accelerate calls the file of its n-th object of a kind."""
     if "_0." in first:
         return first.replace("_0.", f"_{number}.")
     return first if number == 0 else first.replace(".", f"_{number}.")
@@ -298,7 +248,10 @@ def _numbered_file(first: str, number: int) -> str:
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
     try:
         with _numpy_is_safe():
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -338,27 +291,6 @@ def _rng_of(states: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "cuda": devices[0]} if devices else found
 
 
-def _rng_for(states: Mapping[str, Any]) -> dict[str, Any]:
-    """The other way."""
-    version, words, gauss = states["python"]
-    numpy = states["numpy"]
-    key, position = numpy["state"]["key"], numpy["state"]["pos"]
-    found = {
-        "random_state": (version, tuple(words.tolist()), gauss),
-        "numpy_random_seed": (
-            numpy["bit_generator"],
-            key,
-            position,
-            numpy["has_gauss"],
-            numpy["gauss"],
-        ),
-        "torch_manual_seed": states["torch"],
-    }
-    if "cuda" in states:
-        found["torch_cuda_manual_seed"] = [states["cuda"]]
-    return found
-
-
 def _updates(optimizers: Sequence[Any]) -> int:
     """How many steps the optimizers have made, as far as they count them."""
     found = [
@@ -385,15 +317,7 @@ def _is_of_tensors(state: Mapping[Any, Any]) -> bool:
     return bool(state) and all(isinstance(v, Tensor) for v in state.values())
 
 
-def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _leaves(value, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, tree
-
-
-def _named(states: Any) -> dict[str, Any]:
+def named(states: Any) -> dict[str, Any]:
     """By name; by number, where there are no names."""
     pairs = states.items() if isinstance(states, Mapping) else enumerate(states)
     return {str(name): state for name, state in pairs}

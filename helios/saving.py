@@ -105,7 +105,8 @@ class Saver:
         checkpoint that cannot be written is reported, and training goes on.
         """
         self.complete()
-        if self.has_failed():
+        # One of the same state may be under way still, and fail.
+        if self.has_failed() or self._position() == self._saved_at:
             self.finish()
         session = self._session
         engine, model, own = session.engine, session._model, session._own

@@ -17,7 +17,7 @@ from helios import fingerprint, rng
 from helios.bars import reading
 from helios.callbacks.base import Callback
 from helios.checkpoint import Checkpoint, CheckpointStore, Encoder, read_checkpoint
-from helios.checkpoint.reading import RECORD, read_record
+from helios.checkpoint.records import RECORD, read_record
 from helios.engine import Engine
 from helios.errors import CheckpointError, CheckpointNotFoundError, ResumeError
 from helios.fingerprint import Cost

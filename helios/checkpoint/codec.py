@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from helios import sharding
-from helios.checkpoint.tensors import FORMS
+from helios.checkpoint.tensors import FORMS, flat_of
 from helios.checkpoint.types import (
     BACK,
     BACK_WITHOUT_CLASSES,
@@ -36,6 +36,8 @@ Place: TypeAlias = tuple[str | int, ...]  # the keys on the way to a value
 Find: TypeAlias = Callable[..., Tensor | Future[Tensor]]
 
 _MAX_DEPTH = 100
+_MAX_KEYS = 1 << 15
+_HASHING = ("set", "frozenset", "dict", "OrderedDict", "Counter")
 _UNSAFE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _TENSORS = (Tensor, torch.nn.Parameter)
 
@@ -165,6 +167,7 @@ def decode(plain: Any, find: Find, *, has_classes: bool = True) -> Any:
         CheckpointError: a class in it is not imported, or not registered.
     """
     try:
+        check_keys(plain)
         found = dict[int, Any]()
         _find(plain, (), find, found)
         # All are there before a function of the user's looks at one.
@@ -175,6 +178,29 @@ def decode(plain: Any, find: Find, *, has_classes: bool = True) -> Any:
         raise
     except Exception as error:
         raise CheckpointCorruptError(f"a tree is malformed: {error!r}") from error
+
+
+def check_keys(plain: Any) -> None:
+    """Raise a ValueError for too many keys, or members of sets, that are no strings.
+
+    Some can be made so that Python takes a time that is quadratic in their number.
+    """
+    left, count = [plain], 0
+    while left:
+        node = left.pop()
+        if type(node) is list:
+            left += [item for item in node if type(item) in (dict, list)]
+        elif type(node) is dict:
+            left += [item for item in node.values() if type(item) in (dict, list)]
+            if node.get("$") in _HASHING:
+                pairs = "set" not in node["$"]
+                keys = [item[0] for item in node["v"]] if pairs else node["v"]
+                count += sum(type(key) is dict for key in keys)
+    if count > _MAX_KEYS:
+        raise ValueError(
+            f"{count} keys, or members of sets, are tuples and the like; there may be "
+            f"{_MAX_KEYS}"
+        )
 
 
 def _find(node: Any, path: Place, find: Find, found: dict[int, Any]) -> None:
@@ -232,4 +258,4 @@ def _order(tensor: Tensor) -> list[Json] | None:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return flat_of(tensor).view(torch.uint8)

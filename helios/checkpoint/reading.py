@@ -1,50 +1,21 @@
-"""Reading a checkpoint: its record, whether it is whole, its trees.
+"""Reading a checkpoint: whether it is whole, its trees."""
 
-``docs/format.md`` says what is in the folder: safetensors files, and ``helios.json``,
-the record, which has a checksum of itself and of each 64 MiB of the files.
-"""
-
-import json
-import re
-import stat
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import MAXYEAR, UTC, datetime
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from helios.checkpoint.codec import Place, decode
+from helios.checkpoint.records import DAMAGE, SUFFIX, read_record
 from helios.checkpoint.tensors import begin_sums, check_size, compare_sums, map_tensors
-from helios.errors import (
-    CheckpointCorruptError,
-    CheckpointError,
-    CheckpointNotFoundError,
-)
+from helios.errors import CheckpointCorruptError, CheckpointError
 from helios.sharding import Layout, Piece, join
-from helios.state import TrainingState
 
-FORMAT = 3
-RECORD = "helios.json"
-SUFFIX = ".safetensors"
-# Larger ones would take much memory and time to read.
-MAX_RECORD_BYTES = 1 << 26
-_MAX_OBJECTS = 1 << 21
-_MAX_FILE_BYTES = MAX_RECORD_BYTES + 100  # with the checksum around it
 _SMALL_BYTES = 1 << 20
-_ENVELOPE = re.compile(
-    rb'\{"checksum": "crc32:([0-9a-f]{8})", "record": (\{.*\})\}\n', re.DOTALL
-)
-# What reading any file may raise. MemoryError, say, does not tell of a damaged one.
-_DAMAGE = (
-    *(OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError),
-    SafetensorError,
-)
 
 Advance: TypeAlias = Callable[[int], object]  # `abs` does nothing
 
@@ -80,7 +51,8 @@ class Checkpoint:
         `has_classes=False` puts names where the program's own enums, named tuples and
         registered types were.
         """
-        made = dict[tuple[str, str], Tensor | Future[Tensor]]()
+        made, joined = dict[tuple[str, str], Tensor | Future[Tensor]](), list[int]()
+        n_bytes = sum(t.nbytes for ts in self.tensors.values() for t in ts.values())
 
         def find(
             path: Place, file: Any, name: str, there: Any = "cpu", *more: Any
@@ -89,6 +61,10 @@ class Checkpoint:
                 if ("", name) not in made:
                     dim, kind = more[0], getattr(torch, more[1][6:])
                     made["", name] = join(pieces[name], there, dim, kind, layout)
+                    # A piece that stands for many would take all memory.
+                    joined.extend(tensor.nbytes for _, tensor in pieces[name])
+                    if sum(joined) > n_bytes:
+                        raise ValueError("there are pieces that are in no file")
                 return made["", name]
             order = more[0] if more else None
             mapped = self.tensors[file][name]
@@ -155,7 +131,7 @@ def read_checkpoint(
         try:
             if name.endswith(SUFFIX):
                 tensors.setdefault(entry["group"], {}).update(map_tensors(path / name))
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise CheckpointCorruptError(f"{path / name}: {error}") from error
     return Checkpoint(path, record, tensors)
 
@@ -185,58 +161,12 @@ def _damage(
                 check_size(path / name, entry)
                 if advance is not None:
                     sums[name] = begin_sums(pool, path / name, entry)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 yield name, str(error)
         for name, begun in sums.items():
             try:
                 compare_sums(record["files"][name], begun, advance or abs)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 yield name, str(error)
     finally:  # also where one is enough, or at an interrupt
         pool.shutdown(cancel_futures=True)
-
-
-def check_room(body: bytes) -> None:
-    """Raise a ValueError for a record that would take too much to read."""
-    n_objects = body.count(b"{") + body.count(b"[")
-    if len(body) > MAX_RECORD_BYTES or n_objects > _MAX_OBJECTS:
-        has = f"{len(body) >> 20} MiB of plain values in {n_objects} dicts and lists"
-        most = f"{MAX_RECORD_BYTES >> 20} MiB and {_MAX_OBJECTS}"
-        raise ValueError(f"{has}; it may have {most}")
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Read and verify a record; errors as for :func:`read_checkpoint`."""
-    try:
-        if not any(path.glob(f"*{SUFFIX}")) and not (path / RECORD).exists():
-            raise CheckpointNotFoundError(f"{path} is not the folder of a checkpoint")
-        found = (path / RECORD).lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_FILE_BYTES:
-            raise ValueError("it is no plain file, or too large")
-        parts = _ENVELOPE.fullmatch((path / RECORD).read_bytes())
-        if parts is None or parts[1] != b"%08x" % zlib.crc32(parts[2]):
-            raise ValueError("it is truncated or altered")
-        check_room(parts[2])
-        record: dict[str, Any] = json.loads(parts[2])
-        if record["format"] not in range(1, FORMAT + 1):
-            raise CheckpointError(
-                f"{path} has format {record['format']}, and {FORMAT} is the newest one "
-                "that this version of Helios reads"
-            )
-        created = datetime.fromisoformat(record["created"])
-        record["created"] = created.replace(tzinfo=UTC)
-        if created.year == MAXYEAR:
-            raise ValueError(f"`created` is {created}: no other could come after it")
-        record = {"identity": {}, "metrics": {}, **record}
-        for name in ("trees", "files", "progress", "identity", "metrics"):
-            if type(record[name]) is not dict:
-                raise ValueError(f"`{name}` is no object")
-        for value in record["metrics"].values():
-            float("nan" if value is None else value)
-        for name, default in TrainingState().dict().items():
-            value = record["progress"].get(name, default)
-            if not isinstance(value, str if isinstance(default, str) else int | float):
-                raise ValueError(f"`{name}` of `progress` is {value!r:.60}")
-    except _DAMAGE as error:
-        raise CheckpointCorruptError(f"{path / RECORD}: {error}") from error
-    return record

@@ -20,14 +20,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from helios.checkpoint.reading import (
-    FORMAT,
-    RECORD,
-    SUFFIX,
-    check_room,
-    read_checkpoint,
-    read_record,
-)
+from helios.checkpoint.codec import check_keys
+from helios.checkpoint.reading import read_checkpoint
+from helios.checkpoint.records import FORMAT, RECORD, SUFFIX, check_room, read_record
 from helios.checkpoint.tensors import split, write_tensors
 from helios.errors import CheckpointError, CheckpointNotFoundError
 
@@ -211,6 +206,7 @@ def _write_record(path: Path, record: Mapping[str, Any]) -> None:
     body = json.dumps(record, ensure_ascii=False).encode(errors="surrogatepass")
     try:
         check_room(body)
+        check_keys(record["trees"])
     except ValueError as error:
         raise CheckpointError(
             f"the state is too large: {error}; keep long lists of numbers as arrays"

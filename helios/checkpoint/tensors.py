@@ -79,7 +79,7 @@ def write_tensors(
     with _Summing(out) as writer:
         writer.write(memoryview(len(text).to_bytes(8, "little") + text))
         for name in order:
-            flat = tensors[name].contiguous().reshape(-1)
+            flat = flat_of(tensors[name])
             if flat.numel():
                 data: Any = flat.view(torch.uint8).numpy()
                 writer.write(memoryview(data))
@@ -141,6 +141,12 @@ class _Summing:
 
     def entry(self) -> dict[str, Any]:
         return {"size_bytes": self._size, "crc32": self._sums}
+
+
+def flat_of(tensor: Tensor) -> Tensor:
+    """The numbers one after the other; torch keeps the strides of a single one."""
+    flat = tensor.contiguous().reshape(-1)
+    return flat.as_strided(flat.shape, (1,))
 
 
 def begin_sums(

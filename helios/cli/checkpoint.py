@@ -146,7 +146,9 @@ def verify(root: Path, as_json: bool) -> None:
 @checkpoint.command()
 @click.argument("first", type=_FOLDER)
 @click.argument("second", type=_FOLDER)
-@click.option("--most", default=20, show_default=True, help="Lines to print.")
+@click.option(
+    "--most", type=click.IntRange(0), default=20, show_default=True, help="Lines."
+)
 @_JSON
 def diff(first: Path, second: Path, most: int, as_json: bool) -> None:
     """Name the first values and tensors that differ, bit by bit."""
@@ -239,7 +241,7 @@ def export(
     """Write the networks' weights to OUT, one safetensors file without the rest."""
     import shutil
 
-    from helios import interchange
+    from helios import exporting
     from helios.checkpoint import read_checkpoint
 
     if out.exists():
@@ -254,10 +256,10 @@ def export(
             with clock("writing"):
                 if accelerate:
                     partial.mkdir()
-                    left_out = interchange.to_accelerate(found, partial)
+                    left_out = exporting.to_accelerate(found, partial)
                 else:
-                    tensors, left_out = interchange.weights(found)
-                    interchange.save_weights(tensors, partial, shard_bytes)
+                    tensors, left_out = exporting.weights(found)
+                    exporting.save_weights(tensors, partial, shard_bytes)
         partial.rename(out)
     finally:
         if partial.is_dir():
@@ -298,14 +300,13 @@ def import_(
     SOURCE is a folder of Accelerate's save_state, or the .pth file of an older Helios.
     ROOT is the run's chkpt_root. What the files cannot tell is listed.
     """
-    from helios import interchange
+    from helios.interchange import take_over
 
     given = {"global_epoch": epoch, "current_iteration": step, "dataset_iter": batch}
     progress = {name: value for name, value in given.items() if value is not None}
     attributes = {kind: text.split(",") for kind, text in names.items() if text}
-    read = interchange.from_accelerate if source.is_dir() else interchange.from_pth
     with errors(), clock("importing"):
-        found = read(source, progress, attributes)
+        found = take_over(source, progress, attributes)
         path = found.write(root, save_name)
     if as_json:
         click.echo(json.dumps({"path": str(path), "unknown": found.unknown}))
@@ -332,7 +333,7 @@ def _candidates(root: Path) -> list[Path]:
 
 def _found(root: Path) -> dict[Path, dict[str, Any]]:
     """Those whose record can be read, newest first, and their records."""
-    from helios.checkpoint.reading import read_record
+    from helios.checkpoint.records import read_record
     from helios.errors import CheckpointError
 
     found = dict[Path, dict[str, Any]]()

@@ -384,6 +384,52 @@ def test_code_in_a_file_is_not_run(tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+def damage(name, data):
+    """Put something else into a file of a folder of `save_state`."""
+
+    def do(folder):
+        if isinstance(data, bytes):
+            (folder / name).write_bytes(data)
+        else:
+            torch.save(data, folder / name)
+
+    return do
+
+
+DAMAGES = {
+    "weights": damage("model.safetensors", b"\xff\0\0"),
+    "optimizer": damage("optimizer.bin", [1]),
+    "random_states": damage("random_states_0.pkl", {"step": 1}),
+}
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, "ranks"])
+def test_folder_that_does_not_hold_what_it_should_is_an_error(
+    tmp_path, accelerator, kind
+):
+    train(Ported(), Data(), tmp_path / "root", **OPTIONS)
+    path = find_last_checkpoint(tmp_path / "root" / "ported")
+    run("export", path, tmp_path / "out", "--accelerate")
+    if kind == "ranks":
+        states = torch.load(tmp_path / "out/random_states_0.pkl", weights_only=False)
+        torch.save(states, tmp_path / f"out/random_states_{10**8}.pkl")
+    else:
+        DAMAGES[kind](tmp_path / "out")
+    done = run("import", tmp_path / "out", tmp_path / "r", "--save-name", "ported")
+    assert done.exit_code == 2, done.output
+    assert str(tmp_path / "out") in done.output
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("value", ["x", 2.5, -1])
+def test_progress_that_is_none_is_an_error(tmp_path, value):
+    tree = {"model": networks()[1].state_dict(), "state": {"global_epoch": value}}
+    torch.save(tree, tmp_path / "old.pth")
+    done = run("import", tmp_path / "old.pth", tmp_path / "r", "--save-name", "ported")
+    assert done.exit_code == 2
+    assert f"`global_epoch` is {value!r}, not an int >= 0" in done.output
+
+
 def test_random_numbers_go_to_accelerate_and_back(tmp_path, accelerator):
     train(Ported(), Data(), tmp_path / "root", **OPTIONS)
     path = find_last_checkpoint(tmp_path / "root" / "ported")

@@ -5,6 +5,7 @@ import errno
 import os
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -315,6 +316,44 @@ def test_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, 
     assert said.count("A CHECKPOINT COULD NOT BE WRITTEN") == 3
     assert "bytes are needed" in said
     assert "100 are free" in said
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_last_save_is_tried_again_where_it_fails(tmp_path, monkeypatch, is_async):
+    real, begun = CheckpointStore.begin, []
+
+    def begin(self, name, size_bytes):
+        begun.append(name)
+        if len(begun) == 4:
+            raise OSError(28, "No space left on device")
+        return real(self, name, size_bytes)
+
+    monkeypatch.setattr(CheckpointStore, "begin", begin)
+    options = {**IN_STEPS, "total_steps": 4, "async_save": is_async}
+    finished, _ = train(IdModel(), IndexData(), tmp_path, **options, chkpt_frequency=1)
+    assert finished
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    assert len(begun) == 5
+    assert not [t for t in threading.enumerate() if t.name.startswith("helios-writer")]
+
+
+def test_disk_that_was_full_keeps_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+    real, left = CheckpointStore.write_group, []
+
+    def write_group(self, folder, group, *rest):
+        if len(left) == 0 and group != "model":
+            left.append(folder)
+            raise OSError(28, "No space left on device")
+        return real(self, folder, group, *rest)
+
+    class Look(helios.Callback):
+        def on_training_batch_end(self, session):
+            session.saver._background.wait()
+            left.extend([folder.exists() for folder in left[:1]])
+
+    monkeypatch.setattr(CheckpointStore, "write_group", write_group)
+    train(IdModel(), IndexData(), tmp_path, Look(), **IN_STEPS, chkpt_frequency=3)
+    assert left[1] is False
 
 
 @pytest.mark.parametrize("is_async", [False, True])

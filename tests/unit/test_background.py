@@ -105,6 +105,42 @@ def test_the_thread_of_a_writer_that_nobody_has_closed_ends_with_it() -> None:
     assert threading.active_count() == before
 
 
+def test_a_job_that_waits_for_itself_is_an_error() -> None:
+    writer = BackgroundWriter()
+    writer.submit(writer.wait)
+    writer.wait()
+    with pytest.raises(CheckpointError, match="cannot wait for itself"):
+        writer.check()
+
+
+LATE = """
+import threading
+from helios.checkpoint import BackgroundWriter
+
+def late():
+    threading.main_thread().join()
+    writer = BackgroundWriter()
+    for number in range(2):
+        writer.submit(lambda: print("job", number))
+    writer.wait()
+    writer.check()
+
+threading.Thread(target=late).start()
+"""
+
+
+def test_jobs_are_done_where_the_main_thread_has_ended() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATE],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == ["job", "0", "job", "1"]
+
+
 EXIT = """
 import sys, time, torch
 from helios.checkpoint import BackgroundWriter, CheckpointStore

@@ -80,3 +80,11 @@ CASES = {
 @pytest.mark.parametrize(("first", "second", "expected"), CASES.values(), ids=CASES)
 def test_different_values_are_named_by_their_paths(first, second, expected):
     assert repr(list(differences(first, second, "x"))) == repr(expected)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf:UserWarning")
+def test_half_precision_complex_numbers_are_compared():
+    one = torch.tensor([1 + 2j, 3j]).to(torch.complex32)
+    other = torch.tensor([1 + 2j, 4j]).to(torch.complex32)
+    assert list(differences(one, one.clone(), "x")) == []
+    assert list(differences(one, other, "x")) == [("x[1]", 3j, 4j)]

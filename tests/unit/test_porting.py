@@ -1,6 +1,8 @@
 """What `helios port` finds in scripts: uses, traps, and no false alarms."""
 
+import ast
 import dataclasses
+import difflib
 import json
 import re
 import subprocess
@@ -13,6 +15,7 @@ from click.testing import CliRunner
 import helios
 from helios.cli import main
 from helios.porting import TRAPS, USES, read_script
+from helios.porting.writing import write_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {p.stem: p for p in (ROOT / "tests/fixtures/accelerate_scripts").glob("*.py")}
@@ -528,3 +531,95 @@ def test_the_page_has_the_traps_and_names_that_are_known():
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
     assert sorted(named) == sorted([*USES, *TRAPS])
+
+
+PORTED = """\
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+accelerator = Accelerator()
+model, optimizer = accelerator.prepare(model, optimizer)
+train_loader, eval_dl = accelerator.prepare(DataLoader(data), DataLoader(other))
+for epoch in range(start, 9):
+    for step, batch in enumerate(tqdm(train_loader)):
+        accelerator.backward(model(batch))
+        if step % 9 == 0:  # ä
+            accelerator.save_state("out")
+    for batch in eval_dl:
+        model(batch)
+"""
+
+
+def test_first_version_of_a_port_is_the_script_with_a_session():
+    port = write_port(PORTED, "runs/x")
+    rows = difflib.ndiff(PORTED.splitlines(), port.text.splitlines())
+    changed = [row for row in rows if row[0] in "+-"]
+    assert changed == [
+        "+ import helios",
+        "+ ",
+        '+ loaders = {"train": train_loader, "eval": eval_dl}',
+        "+ session = helios.Session(",
+        '+     accelerator, "runs/x", loaders=loaders, save_every=500',
+        "+ )",
+        "- for epoch in range(start, 9):",
+        "+ for epoch in session.epochs(9):",
+        "-     for step, batch in enumerate(tqdm(train_loader)):",
+        '+     for step, batch in enumerate(tqdm(session.batches("train"))):',
+        '-             accelerator.save_state("out")',
+        "+             pass  # save_state: the session does it",
+        "-     for batch in eval_dl:",
+        '+     for batch in session.batches("eval"):',
+    ]
+    assert port.left == []
+
+
+def test_batches_that_were_skipped_are_skipped_by_the_session():
+    text = PORTED.replace(
+        "tqdm(train_loader)", "accelerator.skip_first_batches(train_loader, 3)"
+    )
+    port = write_port(text, "runs/x")
+    assert 'enumerate(session.batches("train")):' in port.text
+
+
+def test_what_a_first_version_leaves_to_do_is_told():
+    text = PORTED.replace("range(start, 9)", "numbers").replace(
+        'accelerator.save_state("out")', 'path = accelerator.save_state("out")'
+    )
+    port = write_port(text, "runs/x")
+    assert [line.partition(":")[0] for line in port.left] == ["line 9", "line 13"]
+
+
+def test_script_without_one_training_loop_gets_no_first_version(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(PORTED.replace("backward", "forward"))
+    done = CliRunner().invoke(main, ["port", "--write", str(script)])
+    assert done.exit_code == 2
+    assert "0 loops train on batches" in done.output
+    assert [path.name for path in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_a_file_that_is_there_is_not_written_over(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(PORTED)
+    for code in (0, 2):
+        done = CliRunner().invoke(main, ["port", "--write", str(script)])
+        assert done.exit_code == code, done.output
+    assert "train_helios.py is there already" in done.output
+    ast.parse((tmp_path / "train_helios.py").read_text())
+
+
+@pytest.mark.slow
+def test_first_version_of_an_example_runs_and_resumes_exactly(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    original = ROOT / "examples/porting/classifier_accelerate.py"
+    script.write_text(original.read_text())
+    assert CliRunner().invoke(main, ["port", "--write", str(script)]).exit_code == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    command = [sys.executable, str(tmp_path / "train_helios.py"), "out", "--cpu"]
+    options = ["--batches", "40", "--stops", "1"]
+    done = CliRunner().invoke(main, ["verify-resume", *options, *command])
+    assert done.exit_code == 0, done.output
+    assert "IDENTICAL" in done.output

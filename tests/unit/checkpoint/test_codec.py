@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
@@ -19,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helios.checkpoint import Encoder, decode, register_type
+from helios.checkpoint.tensors import write_tensors
 from helios.errors import CheckpointCorruptError, CheckpointError, UnstorableError
 
 FEW = settings(
@@ -581,3 +583,33 @@ def _deep_plain() -> Any:
     for _ in range(20_000):
         plain = {"$": "tuple", "v": [plain]}
     return plain
+
+
+def no_tensors(*place: Any) -> torch.Tensor:
+    raise KeyError(place)
+
+
+COLLIDING = [{"$": "int", "v": hex(k * (2**61 - 1))} for k in range(1, 2**15 + 2)]
+
+
+@pytest.mark.parametrize("tag", ["set", "frozenset", "dict", "OrderedDict", "Counter"])
+def test_keys_that_could_take_for_ever_are_refused(tag: str) -> None:
+    payload = COLLIDING if "set" in tag else [[key, 1] for key in COLLIDING]
+    with pytest.raises(CheckpointCorruptError, match="32769 keys, or members of sets"):
+        decode([{"a": {"$": tag, "v": payload}}], no_tensors)
+
+
+def test_numbers_and_texts_may_be_as_many_keys_as_one_likes() -> None:
+    tree = {"ids": {*range(2**15 + 9)}, "names": {i: str(i) for i in range(2**15 + 9)}}
+    assert decode(Encoder().encode(tree, file="f"), no_tensors) == tree
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+def test_a_single_number_with_a_stride_is_stored(dtype: torch.dtype) -> None:
+    view = torch.arange(8).to(dtype).reshape(2, 4)[:1, 3]
+    encoder = Encoder()
+    plain = encoder.encode({"a": view}, file="f")
+    out = BytesIO()
+    write_tensors(out, encoder.files["f"], {})
+    found = decode(plain, lambda _, file, name, *__: encoder.files[file][name])
+    assert found["a"].equal(view)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from helios.checkpoint import CheckpointStore, Encoder, find_damage, read_checkpoint
-from helios.checkpoint.reading import FORMAT
+from helios.checkpoint.records import FORMAT
 from helios.differences import differences
 from helios.state import TrainingUnit
 

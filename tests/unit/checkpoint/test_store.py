@@ -32,10 +32,10 @@ from helios.checkpoint import (
     read_checkpoint,
     register_type,
 )
-from helios.checkpoint import reading as reading_module
+from helios.checkpoint import records as records_module
 from helios.checkpoint import store as store_module
 from helios.checkpoint import tensors as tensors_module
-from helios.checkpoint.reading import FORMAT
+from helios.checkpoint.records import FORMAT
 from helios.differences import differences
 from helios.errors import (
     CheckpointCorruptError,
@@ -676,7 +676,7 @@ def test_a_record_too_large_to_be_read_is_not_written(
         ("_MAX_OBJECTS", []),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(reading_module, limit, 10_000)
+            patch.setattr(records_module, limit, 10_000)
             with pytest.raises(CheckpointError, match="keep long lists of numbers as"):
                 save(store, "b", 2, x=tree or [[] for _ in range(10_000)])
     assert found(tmp_path) == 1
@@ -772,6 +772,12 @@ EMPTY = b"\x08\0\0\0\0\0\0\0{}      "
         {"metrics": "text"},
         {"metrics": {"loss": "text"}},
         {"metrics": {"loss": []}},
+        {"metrics": {"loss": 10**400}},
+        {"files": {"model.safetensors": 5}},
+        {"files": {"model.safetensors": {"group": "model", "crc32": []}}},
+        {"files": {"a.safetensors": {"size_bytes": 8, "crc32": [], "group": []}}},
+        {"imported": 5},
+        {"imported": {"from": "Accelerate", "unknown": 5}},
         {"progress": {"current_iteration": "3"}},
         {"progress": {"global_epoch": None}},
         {"progress": {"epoch_stage": 1}},
@@ -1001,6 +1007,21 @@ def test_a_tensor_of_several_ranks_is_joined_once(tmp_path: Path) -> None:
     one, other = read_checkpoint(shared_out(tmp_path)).tree("model")
     assert one.tolist() == [0, 0, 1]
     assert one is other  # a hostile tree may name it a million times
+
+
+def test_a_piece_that_stands_for_many_takes_no_memory(tmp_path: Path) -> None:
+    encoder, store = Encoder(), CheckpointStore(tmp_path)
+    piece, names = [0, torch.zeros(1000)], [f"x{i}" for i in range(50)]
+    own = {"shards": dict.fromkeys(names, piece)}
+    trees: dict[str, Any] = {"rank_0": encoder.encode(own, file="rank_0")}
+    trees["model"] = [
+        {"$": "sharded", "v": [name, [1000], 0, "torch.float32"]} for name in names
+    ]
+    folder = store.begin("a")
+    files = store.write_group(folder, "rank_0", encoder.files["rank_0"])
+    path = store.commit(folder, "a", {"trees": trees, "files": files, "progress": {}})
+    with pytest.raises(CheckpointCorruptError, match="pieces that are in no file"):
+        read_checkpoint(path).tree("model")
 
 
 @pytest.mark.parametrize("shards", [[1], "x", 3, {"x": 5}, {"x": [0]}, {"x": [0, "y"]}])
