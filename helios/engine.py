@@ -31,6 +31,7 @@ from torch import nn
 
 from helios.determinism import settle_buckets
 from helios.errors import LaunchError
+from helios.voting import Votes
 
 if TYPE_CHECKING:
     from helios.data.batches import Loaded
@@ -95,6 +96,8 @@ class Engine:
                 "under torchrun, or start with `helios launch`; leave out an "
                 "`accelerator` of your own, or let it see RANK and LOCAL_RANK"
             )
+        if self.world_size > 1:
+            self._votes = Votes()
         if self.world_size > 1 and not Engine._waits_at_exit:
             # A thread of gloo may still hold the last collective's tensors. To let go
             # of them it needs Python, and aborts the process where that has ended.
@@ -315,9 +318,7 @@ class Engine:
         """As :meth:`agree`, of several questions at once; every rank must call."""
         if self.world_size == 1:
             return list(flags)
-        votes = torch.tensor([*map(int, flags)], device=self.device)
-        counts = self.accelerator.reduce(votes, reduction="sum").tolist()
-        return [count > 0 for count in counts]
+        return self._votes.any_of(flags)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One picklable value of every rank, in rank order; every rank must call."""

@@ -522,6 +522,8 @@ def test_scaler_of_another_precision_is_refused():
     ("name", "value", "message"),
     [
         ("distributed_type", DistributedType.DEEPSPEED, "DEEPSPEED holds weights"),
+        ("distributed_type", DistributedType.MEGATRON_LM, "MEGATRON_LM holds weights"),
+        ("distributed_type", DistributedType.XLA, "XLA holds weights"),
         ("distributed_type", DistributedType.FSDP, "set `fsdp_version` to 2"),
         ("parallelism_config", ParallelismConfig(cp_size=2), "tensor, context and"),
     ],

@@ -2,12 +2,15 @@
 
 import gc
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from support import IdModel, IndexData, RandomData, StopAt, digest, train
 from torch import nn
 
@@ -185,6 +188,34 @@ def test_compiled_network_is_saved_under_its_own_names(tmp_path):
     model = Compiled()
     train(model, RandomData(), tmp_path, total_steps=1)
     assert list(model.trained_state_dict()["net"]) == list(names_of_the_network())
+
+
+@pytest.fixture
+def reset():
+    """Lets tests make an Accelerator of their own, of which there is one a process."""
+    reset = partial(AcceleratorState._reset_state, reset_partial_state=True)
+    yield reset
+    reset()
+
+
+@pytest.mark.parametrize("stop", [1, 5])
+def test_network_that_accelerate_compiles_is_saved_and_resumed(tmp_path, stop, reset):
+    def fit(root, **ways):
+        # As `helios launch --dynamo_backend eager` does.
+        reset()
+        own = Accelerator(cpu=True, dynamo_backend="eager")
+        model = Base()
+        options = {"use_cpu": None, "total_steps": 2, "print_frequency": 1}
+        stop_at = StopAt(**ways)
+        train(model, RandomData(), root, stop_at, accelerator=own, **options)
+        return model
+
+    whole = fit(tmp_path / "whole")
+    assert hasattr(whole.net, "_orig_mod")  # it is compiled
+    assert list(whole.trained_state_dict()["net"]) == list(names_of_the_network())
+    fit(tmp_path / "parts", batch=stop)
+    resumed = fit(tmp_path / "parts")
+    assert digest(resumed.state_dict()) == digest(whole.state_dict())
 
 
 def names_of_the_network():

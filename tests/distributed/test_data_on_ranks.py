@@ -1,7 +1,9 @@
 """Data of many kinds on several gloo ranks: shared out, resumed, counted once."""
 
 import json
+import math
 import pathlib
+from collections import Counter
 from itertools import chain
 
 import pytest
@@ -97,6 +99,30 @@ def test_another_number_of_ranks_keeps_the_global_batches(by_one_two_and_three, 
     whole, changed = by_one_two_and_three
     found = list(chain(*(global_batches(reports, kind) for reports in changed)))
     assert found == global_batches(whole, kind)
+
+
+@pytest.fixture(scope="module")
+def by_two_and_four(tmp_path_factory):
+    """Runs of 12 samples a batch: on one rank; on two, then four, inside an epoch."""
+    folder = tmp_path_factory.mktemp("doubled")
+    whole = run(folder, 1, "alone", kinds=KEPT, batch_size=12)
+    first = run(
+        folder, 2, "a", run="r", kinds=KEPT, batch_size=6, stops=[1], finishes=False
+    )
+    second = run(folder, 4, "b", run="r", kinds=KEPT, batch_size=3)
+    return whole, [first, second]
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_twice_as_many_ranks_keep_the_global_batches(by_two_and_four, kind):
+    whole, changed = by_two_and_four
+    found = list(chain(*(global_batches(reports, kind) for reports in changed)))
+    expected = global_batches(whole, kind)
+    assert len(found) == len(expected) > 2
+    for batch, other in zip(found, expected, strict=True):
+        # What four ranks cannot share out evenly is filled up with repeated samples.
+        assert Counter(other) <= Counter(batch)
+        assert len(batch) == math.ceil(len(other) / 4) * 4
 
 
 def test_run_whose_data_failed_on_one_rank_goes_on_at_the_same_batch(whole):

@@ -158,6 +158,28 @@ def test_tasks_of_slurm_are_the_ranks(tmp_path, whole):
     assert reports(tmp_path) == whole
 
 
+def test_port_of_somebody_else_is_left_to_them(tmp_path, whole):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        code, output = end(start(tmp_path, env=env, num_processes=2))
+    assert code == 0, output
+    assert reports(tmp_path) == whole
+
+
+def test_port_that_is_taken_is_an_error_on_ranks_that_others_have_started(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+        code, output = end(start(tmp_path, env={**env, "RANK": "0", "LOCAL_RANK": "0"}))
+    assert code == 1, output
+    assert f"port: {port}" in output
+    assert "EADDRINUSE" in output
+
+
 MPIRUN = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2")
 needs_mpi = pytest.mark.skipif(not shutil.which("mpirun"), reason="there is no mpirun")
 

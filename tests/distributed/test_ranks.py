@@ -48,11 +48,12 @@ def test_ranks_stopped_and_started_again_end_with_the_same_bits(tmp_path, whole)
             assert value == uninterrupted[name], name
 
 
-def test_three_ranks_stopped_and_started_again_end_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("ranks", [3, 4])
+def test_more_ranks_stopped_and_started_again_end_with_the_same_bits(tmp_path, ranks):
     # With three, a sum depends on where a gradient lies among the others.
-    whole = run(tmp_path / "whole", 3)
+    whole = run(tmp_path / "whole", ranks)
     assert len({report["networks"] for report in whole}) == 1
-    parts = run(tmp_path / "parts", 3, 1, 2, 5)
+    parts = run(tmp_path / "parts", ranks, 1, 2, 5)
     for interrupted, uninterrupted in zip(parts, whole, strict=True):
         assert interrupted.pop("is_finished") == [False, False, False, True]
         for name, value in interrupted.items():
