@@ -20,7 +20,7 @@ torch.set_num_threads(1)
 
 
 class Branches(nn.Module):
-    """Uses another of its parts in every batch."""
+    """Uses one of its heads, or all of them."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,9 @@ class Branches(nn.Module):
         self.heads = nn.ModuleList([nn.Linear(8, 1), nn.Linear(8, 1)])
 
     def forward(self, inputs, number):
-        return self.heads[number](self.body(inputs))
+        hidden = self.body(inputs)
+        heads = self.heads if number is None else [self.heads[number]]
+        return sum(head(hidden) for head in heads)
 
 
 class Mixed(helios.Model):
@@ -55,10 +57,8 @@ class Mixed(helios.Model):
     def train_step(self, batch, state):
         ids, inputs, _ = batch
         self.ids.append(ids.tolist())
-        number = state.current_iteration % 2 if self.has_unused else 0
+        number = state.current_iteration % 2 if self.has_unused else None
         output = self.squash(self.net(inputs, number))
-        if not self.has_unused:
-            output = output + self.net.heads[1].weight.sum()  # it is used
         loss = (output - self.teacher(inputs)).square().mean()
         loss = loss + self.critic(output.detach().float()).square().mean()
         self.backward(loss)
@@ -92,12 +92,16 @@ def run(folder, way):
     stop = StopAt(batch=way.get("stop"))
     finished, recorder = train(model, data, folder / way["root"], stop, **options)
     state = model.state_dict()
+    networks, optimizers = state["networks"], state["optimizers"]
+    # Statistics of batches in the teacher: each rank has its own.
+    trained = [networks[name] for name in networks if not name.startswith("teacher")]
     return {
         "finished": finished,
+        "trained": digest([trained, optimizers]),
         "ids": model.ids,
         "logged": recorder.logged,
-        "weights": digest([state["networks"], state["optimizers"]]),
-        "steps": [scheduler.last_epoch for scheduler in model.schedulers],
+        "weights": digest([networks, optimizers]),
+        "steps": [one.state_dict()["last_epoch"] for one in model.schedulers],
         "done": model.trainer._state.current_iteration,
     }
 
