@@ -81,7 +81,8 @@ def test_several_ranks_on_the_cpu_are_as_many_as_asked_for(
     tmp_path, whole, options, command, monkeypatch
 ):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    code, output = end(start(tmp_path, **launched(*options, command=command)))
+    ours = launched(*options, command=command)
+    code, output = end(start(tmp_path, use_cpu=None, **ours))
     assert code == 0, output
     assert reports(tmp_path) == whole
 
