@@ -15,6 +15,7 @@ from helios.errors import CheckpointError
 from helios.failures.bundle import KINDS
 from helios.health.watch import POLICIES
 from helios.launching import CHOSEN
+from helios.sizing import AUTO
 from helios.state import check_name
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ _BUILT_WITH = (
     ("accumulation_steps", "gradient_accumulation_steps"),
 )
 _EXCLUSIVE = (
+    # Which has its accumulation steps.
+    ("batch_size", "accelerator"),
     ("use_cpu", "gpus"),
     # Timing kernels may choose another one every time.
     ("enable_cudnn_benchmark", "enable_deterministic"),
@@ -64,7 +67,8 @@ def check_arguments(trainer: Trainer) -> None:
         raise ValueError(
             f"`mixed_precision` must be one of {_PRECISIONS}, got {precision!r}"
         )
-    for name, known in (("bad_numbers", POLICIES), ("crash_bundle", KINDS)):
+    sets = {"bad_numbers": POLICIES, "crash_bundle": KINDS, "batch_size": (AUTO, None)}
+    for name, known in sets.items():
         if given[name] not in known:
             raise ValueError(f"`{name}` must be one of {known}, got {given[name]!r}")
     for name in ("num_processes", "accumulation_steps"):

@@ -26,6 +26,7 @@ from accelerate.utils import (
     gather_object,
     recursively_apply,
 )
+from accelerate.utils import find_executable_batch_size as find_executable_batch_size
 from accelerate.utils import send_to_device as send_to_device
 from torch import nn
 

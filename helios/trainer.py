@@ -34,6 +34,7 @@ from helios.model.model import BatchPhase, Model
 from helios.retention import KeepBest, SaveOptions
 from helios.session import Session
 from helios.signals import stop_on_signals
+from helios.sizing import find_parts
 from helios.state import Schedule, TrainingState, TrainingUnit
 from helios.verifying.trace import prepare_verification
 from helios.watchdog import watched
@@ -65,6 +66,7 @@ class Trainer:
     chkpt_frequency: int | None = None  #: units; None: at the end and at a stop
     print_frequency: int | None = None  #: steps between log points; None: each epoch
     accumulation_steps: int | None = None  #: batches a step
+    batch_size: str | None = None  #: "auto": as large a part of the data's as fits
     enable_cudnn_benchmark: bool = False  #: faster kernels, not reproducible ones
     enable_deterministic: bool = False  #: which exactness on GPUs needs
     early_stop_cycles: int | None = None  #: validations without an improvement
@@ -118,6 +120,7 @@ class Trainer:
         self._fitted: Model | None = None
         self._session: Session | None = None
         self._stop_reason: str | None = None
+        self._parts = 1  # of each batch of the DataModule
         self._state = TrainingState()
         roots = [] if self.src_root is None else [os.fspath(self.src_root)]
         prefix = self.import_prefix and f"{self.import_prefix}."
@@ -150,6 +153,7 @@ class Trainer:
         if self.total_steps is None:
             raise ValueError("`total_steps` is not set; pass it to the Trainer")
         self._start_ranks()
+        self._parts = find_parts(self, model, datamodule)
         with self._running(model, datamodule, self.train_exceptions) as engine:
             self._fitted = None
             is_finished = self._fit(engine, model, datamodule)
@@ -249,6 +253,8 @@ class Trainer:
         engine.barrier()
         rng.seed_rngs(self.seed)
         datamodule.setup()
+        for phase in datamodule._phases():
+            phase.params.batch_size //= self._parts
         rng.seed_rngs(self.seed)
 
     def _make_session(
@@ -342,13 +348,15 @@ class Trainer:
             )
 
     def _make_engine(self) -> Engine:
-        root = self.run_path or self.log_root
+        root, steps = self.run_path or self.log_root, self.accumulation_steps
         engine = Engine(
             accelerator=self.accelerator,
             use_cpu=self.use_cpu,
             device_index=self.gpus[0] if self.gpus and len(self.gpus) == 1 else None,
             mixed_precision=self.mixed_precision,
-            accumulation_steps=self.accumulation_steps,
+            accumulation_steps=steps
+            if self._parts == 1
+            else (steps or 1) * self._parts,
             log_with=self.log_with,
             project_dir=None if root is None else os.fspath(root),
         )

@@ -16,7 +16,8 @@ FILE_LIMIT_LINES = 400
 # adapter. The data are long because every kind of data set needs a way in, checkpoints
 # because of what can be stored, tensors that are shared out over ranks among it;
 # launching is another program's work, before a run; health is about the runs whose
-# numbers go bad, failures about those that fail; no training imports the last three.
+# numbers go bad, failures about those that fail, sizing about batches that fit into
+# memory; no training imports the last three.
 # Porting reads other programs' text, and needs nothing of the library. Loops by hand
 # are for who has one: the Trainer needs neither those, nor loaders that were not made
 # for Helios, nor trees without a run. A longer name counts before a shorter one.
@@ -37,6 +38,7 @@ LIMITS_LINES = {
     "health": 420,
     "failures": 420,
     "verifying": 450,
+    "sizing": 110,
     "cli": 400,
     "testing": 400,
     "interchange": 300,
@@ -121,6 +123,7 @@ LAYERS = {
     "arguments": 5,
     "interchange": 5,
     "exporting": 5,
+    "sizing": 5,
     "trainer": 5,
     "handwritten": 5,
     # the command; what users' tests call

@@ -83,6 +83,7 @@ def _facts(trainer: Trainer, session: Session, error: BaseException) -> dict[str
         "error": f"{type(error).__name__}: {error}",
         "run_name": trainer.run_name,
         "save_name": session._model.save_name,
+        "parts_of_batches": trainer._parts,
         "rank": engine.rank,
         "world_size": engine.world_size,
         "batch": {

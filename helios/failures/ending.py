@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 _OOM_ADVICE = (
     "to need less memory: a smaller `batch_size`, with as many more "
-    '`accumulation_steps` that the global batch stays; `mixed_precision="bf16"`; '
-    "activation checkpointing; FSDP; fewer programs on the device"
+    "`accumulation_steps` that the global batch stays, which the Trainer's "
+    '`batch_size="auto"` finds by itself; `mixed_precision="bf16"`; activation '
+    "checkpointing; FSDP; fewer programs on the device"
 )
 
 

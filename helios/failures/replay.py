@@ -62,6 +62,7 @@ def prepare_replay(trainer: Trainer) -> None:
     trainer.resume = "never"
     if bundle["checkpoint"] is not None:
         trainer.resume = Path(place) / bundle["checkpoint"]
+    trainer.batch_size, trainer._parts = None, bundle["parts_of_batches"]
     trainer.chkpt_root = trainer.log_root = trainer.log_path = trainer.run_path = None
     trainer.enable_file_logging = trainer.enable_tensorboard = False
     trainer.log_with = trainer.hang_timeout_s = None

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from helios.failures.logfile import LogFile
+
 # tqdm's own lock is shared with loader workers: one that is killed would keep it.
 tqdm.set_lock(threading.RLock())
 
@@ -18,29 +20,6 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
-
-
-class _FileHandler(logging.FileHandler):
-    """Says on the console, once each time, that lines are missing in the file."""
-
-    _has_failed = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._is_failing = False
-        super().emit(record)
-        self._has_failed = self._is_failing
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's
-        self._is_failing = True
-        if not self._has_failed:
-            why = (
-                f"THE LOG FILE CANNOT BE WRITTEN, lines are missing: {sys.exception()}"
-            )
-            tqdm.write(why, file=sys.stderr)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # of what is still to be written
-            super().close()
 
 
 def get_root_logger() -> logging.Logger:
@@ -68,7 +47,7 @@ def text_logging(
         path = file.with_suffix(f".rank_{rank}{file.suffix}") if rank else file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(_FileHandler(path, encoding="utf-8"))
+            handlers.append(LogFile(path, encoding="utf-8"))
         except OSError as error:  # logs never stop a run
             logger.error("THERE IS NO LOG FILE, as it cannot be written: %s", error)
         form = "%(asctime)s %(levelname)s %(message)s"

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from accelerate.tracking import GeneralTracker, on_main_process
 from support import IdModel, IndexData, IndexDataset, train
 from torch.utils.data import default_collate
@@ -354,3 +355,32 @@ assert seen == [True, False, True, True], seen
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def run_out_of_memory(*args, **kwargs):
+    torch.empty(2**50)  # really
+
+
+def run_out_of_a_devices(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
+
+
+@pytest.mark.parametrize("action", [run_out_of_memory, run_out_of_a_devices])
+def test_error_of_memory_is_told_with_the_shapes_of_the_batch(tmp_path, capsys, action):
+    class Pairs(IndexDataset):
+        def __getitem__(self, index):
+            return {"image": torch.zeros(3, 8), "label": index}
+
+    model = failing(IdModel, "train_step", action)()
+    with pytest.raises(RuntimeError, match="memory") as caught:
+        train(model, Data(Pairs), tmp_path, **OPTIONS)
+    (note,) = caught.value.__notes__
+    assert "the batch has the shapes {'image': (2, 3, 8), 'label': (2,)}" in note
+    assert "a smaller `batch_size`, with as many more `accumulation_steps`" in note
+    assert note in capsys.readouterr().err
+
+
+def test_other_errors_get_no_advice_on_memory(tmp_path):
+    with pytest.raises(Broken) as caught:
+        train(failing(IdModel, "train_step")(), Data(), tmp_path, **OPTIONS)
+    assert not hasattr(caught.value, "__notes__")

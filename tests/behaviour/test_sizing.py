@@ -1,0 +1,137 @@
+"""A batch size that is found before the run, by trying."""
+
+import pathlib
+
+import pytest
+import torch
+from support import IdModel, IndexData, StopAt, digest, run_ranks, train
+
+import helios
+from helios.checkpoint import CheckpointStore
+from helios.errors import LaunchError
+
+OPTIONS = {"total_steps": 2, "batch_size": "auto"}
+
+
+class Large(IdModel):
+    """Has no room for more than so many samples at once."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room = room
+
+    def setup(self, for_inference=False):
+        super().setup(for_inference)
+        del self.batches[:]  # those of trials
+
+    def train_step(self, batch, state):
+        if len(batch) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
+        super().train_step(batch, state)
+
+
+def sizes(model):
+    return {len(batch) for batch in model.batches}
+
+
+@pytest.mark.parametrize(
+    ("room", "size", "steps"), [(100, 12, 1), (12, 12, 1), (7, 6, 2), (1, 1, 12)]
+)
+def test_largest_part_of_the_batch_that_fits_is_taken(
+    tmp_path, capsys, room, size, steps
+):
+    model = Large(room)
+    assert train(model, IndexData(24, batch_size=12), tmp_path, **OPTIONS)[0]
+    assert sizes(model) == {size}
+    assert model.engine.accumulation_steps == steps
+    said = capsys.readouterr().err
+    assert f"batches of {size} fit, with `accumulation_steps` of {steps}" in said
+    assert ("batches of 12 do not fit into memory" in said) == (size < 12)
+    assert "Traceback" not in said
+    assert said.count("finished after") == 1
+    record = next(iter(CheckpointStore(tmp_path / "ids").records().values()))
+    assert record["progress"]["current_iteration"] == 4
+
+
+def test_global_batch_and_its_samples_stay(tmp_path):
+    cut, whole, data = Large(3), Large(100), {"batch_size": 6, "shuffle": True}
+    train(cut, IndexData(24, **data), tmp_path, **OPTIONS, accumulation_steps=2)
+    train(whole, IndexData(24, **data), None, total_steps=2, accumulation_steps=2)
+    assert cut.engine.accumulation_steps == 4
+    pairs = zip(cut.batches[::2], cut.batches[1::2], strict=True)
+    assert [one + two for one, two in pairs] == whole.batches
+
+
+def test_run_is_as_if_the_size_had_been_given(tmp_path):
+    found, given = Large(4), Large(4)
+    train(found, IndexData(24, batch_size=8, shuffle=True), tmp_path, **OPTIONS)
+    data = IndexData(24, batch_size=4, shuffle=True)
+    train(given, data, None, total_steps=2, accumulation_steps=2)
+    assert found.batches == given.batches
+    assert digest(found.state_dict()) == digest(given.state_dict())
+
+
+def test_run_that_goes_on_keeps_its_size_without_trying(tmp_path, capsys):
+    data = {"batch_size": 8, "shuffle": True}
+    whole = Large(4)
+    train(whole, IndexData(24, **data), tmp_path / "whole", StopAt(), **OPTIONS)
+    first, second = Large(4), Large(100)
+    train(first, IndexData(24, **data), tmp_path / "parts", StopAt(batch=3), **OPTIONS)
+    capsys.readouterr()
+    train(second, IndexData(24, **data), tmp_path / "parts", StopAt(), **OPTIONS)
+    assert "fit" not in capsys.readouterr().err
+    assert first.batches + second.batches == whole.batches
+    assert digest(second.state_dict()) == digest(whole.state_dict())
+    path = CheckpointStore(tmp_path / "parts" / "ids").list()[0]
+    third = Large(100)
+    assert train(
+        third, IndexData(24, **data), None, **{**OPTIONS, "total_steps": 3}, resume=path
+    )[0]
+    assert sizes(third) == {4}
+
+
+def test_network_that_is_too_large_for_any_batch_is_told(tmp_path):
+    with pytest.raises(LaunchError, match="no part of the batch of 4 fits"):
+        train(Large(0), IndexData(8, batch_size=4), tmp_path, **OPTIONS)
+
+
+def test_other_failures_are_those_of_the_run(tmp_path, capsys):
+    class Failing(IdModel):
+        def train_step(self, batch, state):
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        train(Failing(), IndexData(8, batch_size=4), tmp_path, **OPTIONS)
+    said = capsys.readouterr().err
+    assert said.count("ValueError: mine") == 1
+    assert "rank 0 failed in step 1" in said
+
+
+@pytest.mark.parametrize("value", ["automatic", 8, True])
+def test_other_sizes_are_the_datas_to_say(value):
+    with pytest.raises(ValueError, match="`batch_size` must be one of"):
+        helios.Trainer(batch_size=value)
+
+
+SCRIPT = """
+import torch
+import helios
+from support import IdModel, IndexData
+from helios.errors import LaunchError
+
+try:
+    helios.Trainer(use_cpu=True, total_steps=1, batch_size="auto").fit(
+        IdModel(), IndexData(8, batch_size=2)
+    )
+except LaunchError as error:
+    print("refused:", error)
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_several_ranks_are_refused(tmp_path):
+    script = pathlib.Path(tmp_path) / "script.py"
+    script.write_text(SCRIPT)
+    output = run_ranks(script, 2, cwd=tmp_path)
+    assert output.count('refused: `batch_size` is "auto", and there are 2 ranks') == 2
