@@ -28,6 +28,7 @@ POLICIES = ("warn", "stop", "skip", "rollback", None)
 LEFT_OUT, SKIPPED, BUFFERS = "left_out", "skipped_steps", "buffers_before"
 REASON = "numbers have gone bad"  # for a stop
 _WARN_EVERY = 32  # batches
+_AHEAD = 8  # copies that may be under way
 _SHOWN = 64  # samples that a message names
 _GRADIENT = "gradient"
 
@@ -188,8 +189,9 @@ class Health:
         values, self._values = self._values, []
         for name, value in self._model._loss_items.items():
             if isinstance(value, torch.Tensor):
-                value = value.detach()
-            values.append((name, value))
+                values.append((name, value.detach()))
+            elif not math.isfinite(value):  # of the host, which is there already
+                values.append((name, value))
         if self._policy == "skip":
             if self._skipped_at == self._session.state.global_iteration:
                 return
@@ -200,7 +202,7 @@ class Health:
         self._open.append((self._where(), values))
         if len(self._open) >= self._every:
             self._look()
-            self._read(1)
+            self._read(_AHEAD)
 
     def _look(self) -> None:
         """Begin to copy to the host what has come together."""
@@ -219,11 +221,14 @@ class Health:
             self._read(0)
 
     def _read(self, remaining: int) -> None:
-        """Read the copies, but for so many, which may be under way still."""
-        while len(self._copies) > remaining:
-            batches, numbers, event = self._copies.pop(0)
-            if event is not None:
+        """Read the copies that have come; wait only where there are more than that."""
+        while self._copies:
+            batches, numbers, event = self._copies[0]
+            if event is not None and not event.query():
+                if len(self._copies) <= remaining:
+                    return
                 event.synchronize()
+            del self._copies[0]
             if found := self._bad(batches, numbers.tolist()):
                 self._report(found)
 

@@ -350,6 +350,19 @@ def test_sparse_gradients_and_those_of_two_types_are_looked_at(tmp_path, capsys)
     assert model.net["sparse"].weight.isfinite().all()
 
 
+def test_plain_numbers_among_the_losses_are_looked_at(capsys):
+    class Plain(IdModel):
+        def train_step(self, batch, state):
+            super().train_step(batch, state)
+            bad = math.inf if state.global_iteration == 2 else 1
+            self._loss_items |= {"plain": bad, "pair": torch.ones(2)}
+
+    train(Plain(), IndexData(4), None, total_steps=1)
+    said = capsys.readouterr().err
+    assert "rank 0: plain is inf, at step 3 (epoch 0, batch 2), samples [2]" in said
+    assert said.count("BAD") == 1
+
+
 def test_large_batch_is_not_listed_as_a_whole(capsys):
     data = IndexData(200, batch_size=100)
     train(Spoiled(1), data, None, total_steps=1)
