@@ -109,14 +109,15 @@ def test_disk_that_is_gone_lets_the_training_go_on_in_the_folder_that_is_left(
     assert again.batches == []
 
 
-def test_full_disk_takes_lines_of_the_log_file_and_nothing_else(disk, tmp_path, capsys):
-    class Talkative(IdModel):
-        def train_step(self, batch, state):
-            super().train_step(batch, state)
-            get_root_logger().info(
-                "at batch %d: %s", state.global_iteration, "-" * 5000
-            )
+class Talkative(IdModel):
+    """Logs more than a page of the disk at each batch."""
 
+    def train_step(self, batch, state):
+        super().train_step(batch, state)
+        get_root_logger().info("at batch %d: %s", state.global_iteration, "-" * 5000)
+
+
+def test_full_disk_takes_lines_of_the_log_file_and_nothing_else(disk, tmp_path, capsys):
     model = Talkative()
     act = At(_1=lambda: fill(disk), _3=(disk / "filler").unlink)
     logs = {"log_root": disk, "enable_file_logging": True, "total_steps": 5}
@@ -136,7 +137,7 @@ def test_full_disk_takes_lines_of_the_log_file_and_nothing_else(disk, tmp_path, 
 def test_log_file_on_a_disk_that_stays_full_is_closed_without_a_word(disk, tmp_path):
     logs = {"log_root": disk, "enable_file_logging": True, "total_steps": 5}
     act = At(_1=lambda: fill(disk))
-    assert train(IdModel(), IndexData(3), tmp_path / "runs", act, **logs)[0]
+    assert train(Talkative(), IndexData(3), tmp_path / "runs", act, **logs)[0]
 
 
 def test_read_only_folder_of_logs_is_told_and_the_run_goes_on(disk, tmp_path, capsys):
