@@ -35,6 +35,8 @@ __all__ = ["__version__", *(name for names in _HOMES.values() for name in names)
 
 def __getattr__(name: str) -> Any:
     # Names are imported when they are used: `helios --help` must not wait for torch.
+    if name in ("checkpoint", "data"):
+        return importlib.import_module(f"helios.{name}")
     for home, names in _HOMES.items():
         if name in names:
             return getattr(importlib.import_module(home), name)

@@ -184,9 +184,11 @@ def adopt(
     dataloader: Any, key: int, name: str, streams: int | None = None
 ) -> AdoptedLoader:
     """As `make_resumable`, with the key of its order; `name` is for messages."""
-    if isinstance(dataloader, AdoptedLoader):
-        return dataloader
     check_loader(dataloader, name)
+    if isinstance(dataloader, AdoptedLoader):
+        if streams not in (None, dataloader.plan.streams):
+            dataloader.load_state_dict({"streams": streams})  # which says why not
+        return dataloader
     params = {field: getattr(dataloader, field) for field in _SETTINGS}
     for field in ("timeout", "multiprocessing_context"):
         params[field] = getattr(dataloader, field)
@@ -216,6 +218,8 @@ def check_loader(dataloader: Any, name: str) -> None:
             f"`{name}` must be a torch DataLoader, prepared by Accelerate or not, got "
             f"{type(dataloader).__name__}"
         )
+    if isinstance(dataloader, AdoptedLoader):
+        return
     inner = getattr(dataloader, "base_dataloader", dataloader)
     kind = type(inner)
     if isinstance(inner, loader.ResumableDataLoader):

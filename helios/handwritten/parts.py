@@ -133,8 +133,7 @@ class Loaders(DataModule):
             given, streams = self._given[name], self._streams.get(name)
             made = self._made[name] = adopt(given, key, f"loaders[{name!r}]", streams)
             made.gradient_state = self._engine.accelerator.gradient_state
-            if is_stream(given.dataset):
-                self._streams[name] = made.plan.streams
+            self._streams[name] = made.plan.streams
         return self._made[name]
 
     def count(self, name: str) -> int:

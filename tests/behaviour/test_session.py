@@ -107,6 +107,16 @@ def test_checkpoints_come_after_every_epoch(tmp_path):
     ]
 
 
+class Numbers(torch.utils.data.IterableDataset):
+    """The numbers up to one, as a stream."""
+
+    def __init__(self, length):
+        self.length = length
+
+    def __iter__(self):
+        return iter(range(self.length))
+
+
 class Simple:
     """A loop of two epochs of five batches, of which a test varies one thing."""
 
@@ -582,12 +592,8 @@ def test_any_failure_that_is_helios_own_is_one_of_its_errors():
 
 
 def test_iterable_data_set_resumes_exactly(tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(range(18))
-
     def make(root, *callbacks):
-        loader = DataLoader(Stream(), batch_size=4)
+        loader = DataLoader(Numbers(18), batch_size=4)
         return Simple(root, loaders=loader, callbacks=callbacks)
 
     whole = make(tmp_path / "whole" / "run")
@@ -600,6 +606,27 @@ def test_iterable_data_set_resumes_exactly(tmp_path):
         second = make(tmp_path / f"{at}" / "run")
         assert second.run() == weights
         assert first.ids + second.ids == whole.ids
+
+
+@pytest.mark.parametrize("data", [IndexDataset(18), Numbers(18)])
+def test_loader_that_was_made_resumable_before_is_taken_as_it_is(tmp_path, data):
+    def make(root, *callbacks):
+        loader = helios.data.make_resumable(DataLoader(data, batch_size=4), seed=3)
+        accelerator = Accelerator(cpu=True)
+        accelerator._custom_objects.clear()
+        accelerator.register_for_checkpointing(loader)
+        return Simple(
+            root, accelerator=accelerator, loaders=loader, callbacks=callbacks
+        )
+
+    whole = make(tmp_path / "whole" / "run")
+    weights = whole.run()
+    first = make(tmp_path / "run", StopBehind(7))
+    with pytest.raises(helios.RunStopped):
+        first.run()
+    second = make(tmp_path / "run")
+    assert second.run() == weights
+    assert first.ids + second.ids == whole.ids
 
 
 def test_loader_of_tensors_is_what_the_network_gets(tmp_path):
