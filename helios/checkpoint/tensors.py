@@ -1,7 +1,6 @@
 """One safetensors file: written and checked in a single pass, read by memory map.
 
-The library's own `save_file` copies all tensors in memory first, and its file would
-have to be read again for the checksums.
+The library's `save_file` copies all first, and is to be read again for checksums.
 """
 
 import contextlib
