@@ -46,7 +46,7 @@ LIMITS_LINES = {
     "porting": 560,
     "porting.writing": 230,
     "porting.command": 70,
-    "handwritten": 560,
+    "handwritten": 580,
     "data.adopting": 300,
     "checkpoint.trees": 80,
     "checkpoint.records": 100,

@@ -104,6 +104,7 @@ class Session(session.Session):
         objects = check_arguments(vars() | objects, objects)
         root, traced = traces(os.path.abspath(path))
         callbacks = [*callbacks, *traced]
+        resume = "auto" if traced else resume
         schedule = Schedule(
             train_unit=TrainingUnit.EPOCH,
             total_steps=math.inf,

@@ -1,6 +1,7 @@
 """Run by test_session.py: a loop by hand that knows nothing of stops.
 
-It says when a batch is done, and waits then for as long as it is told to.
+It says when a batch is done, and waits then for as long as it is told to; or its step
+depends on a variable that nobody saves.
 """
 
 import pathlib
@@ -26,14 +27,16 @@ net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
 session = helios.Session(
     accelerator, folder / "run", loaders=loader, net=net, optimizer=optimizer
 )
+seen = 0
 for _epoch in session.epochs(4):
     for (inputs,) in session.batches():
-        loss = net(inputs).square().mean()
+        seen += held == ["forgets"]
+        loss = net(inputs).square().mean() * (1 + seen)
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
         session.log({"loss": loss})
-        if held and session.state.global_iteration == int(held[0]):
+        if f"{session.state.global_iteration}" == "".join(held[:1]):
             print("ready", flush=True)
             if held[1:] == ["raise"]:
                 raise RuntimeError("of the loop")

@@ -14,12 +14,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
+from click.testing import CliRunner
 from support import ByHand, IndexDataset, RecordingCallback, Stop, digest
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import helios
 from helios.checkpoint import find_last_checkpoint, read_checkpoint
+from helios.cli import main
 from helios.errors import (
     CheckpointNotFoundError,
     DataError,
@@ -279,6 +281,15 @@ def test_naive_loop_that_fails_ends_as_any_program(tmp_path, final):
     assert end(start(tmp_path, 7, "raise")) == 1
     assert end(start(tmp_path)) == 0
     assert digest(torch.load(tmp_path / "final.pt")) == final
+
+
+def test_verification_of_a_loop_tells_one_that_resumes_from_one_that_does_not(tmp_path):
+    common = ["verify-resume", "--at", "3", "--at", "9", "--", sys.executable, SCRIPT]
+    done = CliRunner().invoke(main, [*map(str, common), str(tmp_path)])
+    assert (done.exit_code, "IDENTICAL" in done.output) == (0, True), done.output
+    done = CliRunner().invoke(main, [*map(str, common), str(tmp_path), "forgets"])
+    assert done.exit_code == 1, done.output
+    assert not (tmp_path / "run").exists()
 
 
 def test_signal_can_ask_for_a_checkpoint(tmp_path):
