@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from click.testing import CliRunner
 from support import ByHand, IndexDataset, RecordingCallback, Stop, digest
@@ -333,6 +333,29 @@ def test_accelerators_own_accumulate_and_counting_go_on_working(tmp_path):
     assert outcomes[0] == outcomes[1]
 
 
+def test_accelerators_own_accumulate_resumes_inside_a_window(tmp_path):
+    def run(root, stop_at=None):
+        AcceleratorState._reset_state(reset_partial_state=False)
+        GradientState._reset_state()
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=3)
+        loop = Simple(root, accelerator=accelerator)
+        with contextlib.suppress(helios.RunStopped), loop.session as session:
+            for _ in session.epochs(2):
+                for batch in session.batches():
+                    with accelerator.accumulate(loop.net):
+                        loop.step(batch)
+                    if len(loop.ids) == stop_at:
+                        session.request_stop("the test")
+        return loop
+
+    weights = digest(run(tmp_path / "whole" / "run").net.state_dict())
+    for at in (1, 2, 4, 6):
+        run(tmp_path / f"{at}" / "run", at)
+        loop = run(tmp_path / f"{at}" / "run")
+        assert len(loop.ids) == 10 - at
+        assert digest(loop.net.state_dict()) == weights, at
+
+
 def test_notes_and_registered_objects_are_saved(tmp_path):
     class Counter:
         def __init__(self):
@@ -397,6 +420,20 @@ def test_values_are_written_at_log_points_or_at_the_end_of_an_epoch(tmp_path):
         loop = Simple(tmp_path / f"{every}" / "run", log_every=every)
         loop.run()
         assert [step for step, _, _ in loop.recorder.logged] == list(steps)
+
+
+def test_what_is_logged_behind_the_batches_is_written_at_once(tmp_path):
+    loop = Simple(tmp_path / "run", log_every=4)
+    with loop.session as session:
+        for epoch in session.epochs(2):
+            for batch in session.batches():
+                loop.step(batch)
+            session.log({"score": epoch})
+            assert loop.recorder.logged[-1] == (
+                5 * (epoch + 1),
+                "score",
+                float(epoch).hex(),
+            )
 
 
 def test_log_and_tensorboard_are_continued(tmp_path):
