@@ -107,14 +107,16 @@ class Engine:
         if self.mixed_precision == "fp16" and self.device.type == "cpu":
             # Accelerate takes fp16 on the CPU and trains in fp32. torch can do it.
             accelerator.native_amp = True
-            accelerator.scaler = torch.amp.GradScaler("cpu")
+            options = getattr(accelerator.scaler_handler, "to_kwargs", dict)()
+            accelerator.scaler = torch.amp.GradScaler("cpu", **options)
         self.scaler: Any = accelerator.scaler
-        #: Whether the ranks share the networks' weights out: FSDP2.
-        self.is_sharded: bool = getattr(accelerator, "is_fsdp2", False)
+        self.is_sharded: bool = getattr(accelerator, "is_fsdp2", False)  #: by rank
         self._is_plain = accelerator.distributed_type in map(DistributedType, _PLAIN)
         self._is_bare = (
             self._is_plain and self.scaler is None and self.accumulation_steps == 1
         )
+        plugin = accelerator.gradient_state.plugin_kwargs
+        self._sums_each = self.is_sharded or plugin.get("sync_each_batch", False)
         self._networks: list[nn.Module] = []
         self.loaded: Loaded | None = None  #: the batch in work, or done last
         self._batch = 0
@@ -196,8 +198,7 @@ class Engine:
 
     def _put_in_window(self, optimizer: Any) -> None:
         """Let ``zero_grad`` act once a window, called before backward or after step."""
-        # Accelerate's acts on the last batch: called before backward, it would clear
-        # what the window has gathered.
+        # Accelerate's, called before backward, would clear what a window has gathered.
         step, stepped_in = optimizer.step, -1
 
         def stepping(*args: Any, **kwargs: Any) -> None:
@@ -219,7 +220,7 @@ class Engine:
         with contextlib.ExitStack() as stack:
             # Sharded gradients are summed up over the ranks with each batch: torch
             # keeps what is to be summed up later where nobody can save it.
-            if not is_step and self.world_size > 1 and not self.is_sharded:
+            if not is_step and self.world_size > 1 and not self._sums_each:
                 for net in self._networks:
                     stack.enter_context(self.accelerator.no_sync(net))
             yield
@@ -365,6 +366,11 @@ def _refuse_what_cannot_be_saved(accelerator: Accelerator) -> None:
         raise LaunchError(
             f"{kind.value} holds weights and optimizers where Helios cannot save them; "
             "use FSDP, with `fsdp_version` 2, or DDP"
+        )
+    state = accelerator.gradient_state
+    if accelerator is not Engine._own and not state.sync_with_dataloader:
+        raise LaunchError(
+            "`sync_with_dataloader=False`: windows end with an epoch here; leave it out"
         )
     parallel = getattr(accelerator, "parallelism_config", None)
     if parallel is not None and parallel.non_data_parallel_size > 1:

@@ -10,7 +10,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from helios.checkpoint import CheckpointStore
-from helios.checkpoint.reading import read_record
+from helios.checkpoint.records import read_record
 from helios.data.datamodule import DataModule
 from helios.engine import find_executable_batch_size
 from helios.errors import LaunchError

@@ -311,8 +311,9 @@ class Trainer:
         if self.enable_tensorboard and root and session.engine.is_main:
             folder = pathlib.Path(root) / self.run_name
             session.journal.writer = open_writer(folder, purge_step)
-        if self.log_with is not None and not session.engine.accelerator.trackers:
-            session.engine.accelerator.init_trackers(self.run_name)
+        accelerator = session.engine.accelerator
+        if accelerator.log_with and not accelerator.trackers:
+            accelerator.init_trackers(self.run_name)
 
     @contextlib.contextmanager
     def _running(
