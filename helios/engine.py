@@ -107,7 +107,9 @@ class Engine:
         if self.mixed_precision == "fp16" and self.device.type == "cpu":
             # Accelerate takes fp16 on the CPU and trains in fp32. torch can do it.
             accelerator.native_amp = True
-            options = getattr(accelerator.scaler_handler, "to_kwargs", dict)()
+            options: dict[str, Any] = getattr(
+                accelerator.scaler_handler, "to_kwargs", dict
+            )()
             accelerator.scaler = torch.amp.GradScaler("cpu", **options)
         self.scaler: Any = accelerator.scaler
         self.is_sharded: bool = getattr(accelerator, "is_fsdp2", False)  #: by rank
@@ -119,10 +121,8 @@ class Engine:
         self._sums_each = self.is_sharded or plugin.get("sync_each_batch", False)
         self._networks: list[nn.Module] = []
         self.loaded: Loaded | None = None  #: the batch in work, or done last
-        self._batch = 0
-        self._is_first = self._is_last = True
-        # Chosen here, once: on the CPU there is nothing to place, and without scaling
-        # Accelerate's backward only divides by one.
+        self._batch, self._is_first, self._is_last = 0, True, True
+        # Chosen once: on the CPU nothing is placed; without scaling, torch can do.
         self.place: Callable[[Any], Any] = self._place
         if self.device.type == "cpu":
             self.place = lambda batch: batch
@@ -318,9 +318,7 @@ class Engine:
 
     def agree_each(self, *flags: bool) -> list[bool]:
         """As :meth:`agree`, of several questions at once; every rank must call."""
-        if self.world_size == 1:
-            return list(flags)
-        return self._votes.any_of(flags)
+        return list(flags) if self.world_size == 1 else self._votes.any_of(flags)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One picklable value of every rank, in rank order; every rank must call."""
