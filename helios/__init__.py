@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from helios.retention import KeepBest as KeepBest
     from helios.state import TrainingState as TrainingState
     from helios.state import TrainingUnit as TrainingUnit
+    from helios.stopping.status import EXIT_STOPPED as EXIT_STOPPED
     from helios.trainer import Trainer as Trainer
 
 _HOMES = {
@@ -28,6 +29,7 @@ _HOMES = {
     "helios.model.model": ["BatchPhase", "Model"],
     "helios.retention": ["KeepBest"],
     "helios.state": ["TrainingState", "TrainingUnit"],
+    "helios.stopping.status": ["EXIT_STOPPED"],
     "helios.trainer": ["Trainer"],
 }
 __all__ = ["__version__", *(name for names in _HOMES.values() for name in names)]

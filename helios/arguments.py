@@ -78,10 +78,11 @@ def check_arguments(trainer: Trainer) -> None:
     restarts = trainer.max_restarts
     if type(restarts) is not int or restarts < 0:
         raise ValueError(f"`max_restarts` must be an int >= 0, got {restarts!r}")
-    hang_s = trainer.hang_timeout_s
-    is_number = isinstance(hang_s, int | float) and not isinstance(hang_s, bool)
-    if hang_s is not None and not (is_number and hang_s > 0):
-        raise ValueError(f"`hang_timeout_s` must be > 0 or None, got {hang_s!r}")
+    for name in ("hang_timeout_s", "max_time_s", "stop_grace_s"):
+        value = given[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and value > 0):
+            raise ValueError(f"`{name}` must be > 0 or None, got {value!r}")
     if trainer.random_seed is not None and not -(2**63) <= trainer.random_seed < 2**63:
         raise ValueError(f"`random_seed` must have 64 bits, got {trainer.random_seed}")
     if trainer.src_root is not None and not os.path.isdir(trainer.src_root):

@@ -16,6 +16,7 @@ from helios.engine import Engine
 from helios.errors import DataError
 from helios.model.model import BatchPhase, Model
 from helios.session import Session
+from helios.stopping.validation import Votes, is_interrupted
 
 
 def batch_preparer(model: Model, phase: BatchPhase) -> Callable[[Any], Any]:
@@ -69,7 +70,8 @@ def evaluate(
 ) -> bool:
     """Run a validation, or a test, without gradients; every rank must call.
 
-    A stop that is asked for ends a test (False), and waits for the end of a validation.
+    A stop that is asked for ends it (False), unless hooks have changed the weights that
+    are to be saved: then it waits for the end.
     """
     is_test, callbacks = phase is BatchPhase.TEST, session.callbacks
     if is_test:
@@ -90,6 +92,7 @@ def evaluate(
     for hook in overridden(callbacks, Callback.on_validation_start):
         hook(session)
     loader.seek(cycle)
+    votes = Votes(engine.agree_each)
     session.journal.keep("means")
     with torch.no_grad():
         feed = Feed(loader, engine.place)
@@ -101,7 +104,7 @@ def evaluate(
             for hook in hooks:
                 hook(session, number)
             session.beats += 1
-            if is_test and engine.agree(session.stop_reason is not None):
+            if is_interrupted(session, votes):
                 return False
     engine.loaded = None
     if number < 0:

@@ -6,9 +6,7 @@ there are.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -19,10 +17,10 @@ from helios import elastic
 from helios.adopting import LAUNCHED
 from helios.errors import LaunchError
 from helios.loggers.text import get_root_logger
+from helios.stopping.ranks import end_with_launcher
 
 #: The GPUs that were chosen for the ranks, which see no others.
 CHOSEN = "HELIOS_GPUS"
-_PR_SET_PDEATHSIG = 1
 
 
 def start_ranks_if_asked(
@@ -34,16 +32,14 @@ def start_ranks_if_asked(
 ) -> None:
     """Start this program's ranks, if it needs any; then it does not return.
 
-    The ranks run the same command. This process waits for them, passes SIGTERM and
-    SIGINT on, and ends with the exit status of the one that failed first, or 0. Before
-    that it starts all of them anew where one has failed, `max_restarts` times.
+    The ranks run the same command. This process waits for them, passes signals on, and
+    ends with the exit status of the one that failed first, or 0, or `EXIT_STOPPED`.
+    Before that it starts all of them anew where one has failed, `max_restarts` times.
 
     Raises:
         LaunchError: there are not so many GPUs, or the command is not known.
     """
-    if os.environ.get(elastic.STARTER) == str(os.getppid()) and sys.platform == "linux":
-        # A rank does not outlive who started it: the same command may be run again.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_launcher()
     if any(name in os.environ for name in LAUNCHED):
         return
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -100,4 +96,4 @@ def _start(count: int, max_restarts: int) -> NoReturn:
             logs_specs=DefaultLogsSpecs(folder),
             **elastic.on_one_host(),
         )
-        elastic.run_ranks(config, sys.executable, *sys.orig_argv[1:])
+        elastic.run_ranks(config, sys.executable, *sys.orig_argv[1:], folder=folder)

@@ -11,7 +11,8 @@ The order of everything in a run::
         on_training_epoch_end                                            EPOCH
     on_training_end
 
-and at each boundary but READY: validate, decide on an early stop, save, stop. Callbacks
+and at each boundary but READY: validate, decide on an early stop, save, stop. A
+validation that a stop interrupts is run again, from its start, at the resume. Callbacks
 run after the model's hook of the same name. At a resume the start hooks run again, and
 what they change in the saved state is put back.
 """
@@ -32,6 +33,7 @@ from helios.evaluation import batch_preparer, evaluate, may_differ
 from helios.model.model import BatchPhase, Model
 from helios.session import Session
 from helios.state import Boundary, EpochStage
+from helios.stopping import validation
 
 OF_ANOTHER = "another rank asks to stop"
 _ALONE = contextlib.nullcontext()  # of a batch that is a step by itself
@@ -86,8 +88,10 @@ class Run:
     def meet(self, boundary: Boundary) -> bool:
         """Do what is due, and say whether to stop; every rank must call."""
         session, saver = self.session, self.session.saver
-        self._validate(boundary)
-        if self.schedule.is_due(self.schedule.chkpt_frequency, boundary, self.state):
+        frequency = self.schedule.chkpt_frequency
+        boundary = validation.owed(session, boundary)
+        is_done = self._validate(boundary)
+        if is_done and self.schedule.is_due(frequency, boundary, self.state):
             self._save()
         stops, saves, writes = session.engine.agree_each(
             self._wants_stop(boundary),
@@ -111,7 +115,7 @@ class Run:
         model.train()
         model.on_training_start()
         self._call(Callback.on_training_start)
-        if not is_inside:
+        if not is_inside or (validation.is_owed(session) and self._is_over()):
             session.put_back()
             yield Boundary.START
         while not self._is_over():
@@ -148,6 +152,7 @@ class Run:
                     self._advance_phase()
                 yield Boundary.EPOCH
         session.put_back()
+        session.journal.keep("latest")  # a stop may have come after the last step
         if self.schedule.print_frequency is None:
             session.journal.flush()
         session.journal.keep(None)
@@ -240,17 +245,21 @@ class Run:
             self.session.journal.flush()
         yield Boundary.STEP if is_step else Boundary.BATCH
 
-    def _validate(self, boundary: Boundary) -> None:
-        """Do the validation that is due, if any."""
+    def _validate(self, boundary: Boundary) -> bool:
+        """Do the validation that is due, if any; whether it was not interrupted."""
         session, model, state = self.session, self.model, self.state
         frequency, cycle = self.schedule.valid_frequency, state.validation_cycles
         if self._valid is None or not self.schedule.is_due(frequency, boundary, state):
-            return
-        evaluate(session, model, self._valid, BatchPhase.VALID, cycle)
+            return True
+        validation.begin(session, boundary)
+        if not evaluate(session, model, self._valid, BatchPhase.VALID, cycle):
+            return False
+        validation.end(session)
         has_improved = model.have_metrics_improved()
         state.early_stop_count = 0 if has_improved else state.early_stop_count + 1
         model.train()
         session.journal.keep("latest")
+        return True
 
     def _wants_stop(self, boundary: Boundary) -> bool:
         is_asked = boundary is not Boundary.START or self._was_resumed

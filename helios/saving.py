@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -57,7 +58,7 @@ class Saver:
         self._hook_error: BaseException | None = None
         # Those newer than what was resumed from: damaged ones, mostly.
         self._passed_over = set[Path]()
-        self._saved_at: tuple[int, int] | None = None
+        self._saved_at: tuple[int, int, int] | None = None
         self._is_requested = self._is_prepared = self._has_warned = False
         self._saved_s = self._looked_s = clock()
 
@@ -316,18 +317,17 @@ class Saver:
 
     def close(self) -> None:
         """End the writer, after what it has in hand."""
-        try:
+        with contextlib.closing(self._background):
             self.finish()
-        finally:
-            self._background.close()
 
     def check_saved(self) -> None:
         """Raise a CheckpointError where the state as it is could not be saved."""
         if self._saved_at is None:
             raise CheckpointError("the last checkpoint could not be written; see above")
 
-    def _position(self) -> tuple[int, int]:
-        return self._session.state.global_iteration, self._session.state.global_epoch
+    def _position(self) -> tuple[int, int, int]:
+        state = self._session.state
+        return state.global_iteration, state.global_epoch, state.validation_cycles
 
     def _report(self, error: BaseException | None) -> None:
         self._saved_at = None

@@ -28,6 +28,8 @@ from helios.retention import SaveOptions
 from helios.saving import Saver
 from helios.sharding import layout_of, like
 from helios.state import Schedule, TrainingState
+from helios.stopping.requests import Stops
+from helios.stopping.validation import Frozen
 
 _PIECE_BYTES = 1 << 26
 
@@ -52,9 +54,10 @@ class Session:
         options: SaveOptions | None = None,
         callbacks: Sequence[Callback] = (),
         shows_progress: bool = False,
+        stops: Stops | None = None,
     ) -> None:
         self.engine, self.schedule, self.state = engine, schedule, TrainingState()
-        self.stop_reason: str | None = None
+        self.stops = stops or Stops()
         self.logger = get_root_logger()
         self.callbacks = list(callbacks)
         self.batches_per_epoch: int | None = None
@@ -74,6 +77,8 @@ class Session:
         self.saver: Saver | None = None
         if store is not None:
             self.saver = Saver(self, store, options or SaveOptions())
+        #: During a validation: the state before it.
+        self.frozen: Frozen | None = None
         self._restored: pathlib.Path | None = None
         #: The checkpoint that the run has made or taken up last.
         self.base: pathlib.Path | None = None
@@ -84,9 +89,13 @@ class Session:
         self._own = f"rank_{engine.rank}"
         self._reading = partial(reading, is_shown=shows_progress and engine.is_main)
 
+    @property
+    def stop_reason(self) -> str | None:
+        return self.stops.reason
+
     def request_stop(self, reason: str) -> None:
         """Ask the run to save and stop at the next batch; any rank, any thread."""
-        self.stop_reason = self.stop_reason or reason
+        self.stops.request(reason)
 
     def request_save(self) -> None:
         """Ask for a checkpoint after the step in work; any rank, any thread."""
@@ -99,6 +108,8 @@ class Session:
             self.saver.save()
 
     def _encode(self) -> tuple[Encoder, dict[str, Any]]:
+        if self.frozen is not None:
+            return self.frozen.encoded
         encoder, trees = Encoder(), dict[str, Any]()
         if self.engine.is_main or self.engine.is_sharded:  # each rank has its pieces
             networks: Any = Model.trained_state_dict(self._model)

@@ -10,6 +10,7 @@ import os
 import pathlib
 import pkgutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from helios import fingerprint, rng
@@ -33,9 +34,10 @@ from helios.loggers.text import get_root_logger, text_logging
 from helios.model.model import BatchPhase, Model
 from helios.retention import KeepBest, SaveOptions
 from helios.session import Session
-from helios.signals import stop_on_signals
 from helios.sizing import find_parts
 from helios.state import Schedule, TrainingState, TrainingUnit
+from helios.stopping.requests import Stopped, Stops
+from helios.stopping.status import exit_status
 from helios.verifying.trace import prepare_verification
 from helios.watchdog import watched
 
@@ -101,6 +103,9 @@ class Trainer:
     hang_timeout_s: float | None = None  #: without a batch: the run is ended
     bad_numbers: str | None = "warn"  #: if NaN; or "stop", "skip", "rollback"
     crash_bundle: str | None = "samples"  #: of a step that fails; or "batch", too
+    max_time_s: float | None = None  #: then a call stops, as by a signal
+    stop_grace_s: float | None = None  #: from a stop to the end, whatever it is doing
+    exit_when_stopped: bool = False  #: with status 75, rather than return False
     train_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
     test_exceptions: Sequence[type[BaseException]] = ()  #: pass through unlogged
 
@@ -119,7 +124,7 @@ class Trainer:
         self.engine: Engine | None = None
         self._fitted: Model | None = None
         self._session: Session | None = None
-        self._stop_reason: str | None = None
+        self._stops = Stops()
         self._parts = 1  # of each batch of the DataModule
         self._state = TrainingState()
         roots = [] if self.src_root is None else [os.fspath(self.src_root)]
@@ -129,9 +134,7 @@ class Trainer:
 
     def request_stop(self, reason: str = "asked by the program") -> None:
         """Ask the run in progress to save and stop at the next batch."""
-        self._stop_reason = reason
-        if self._session is not None:
-            self._session.request_stop(reason)
+        self._stops.request(reason)
 
     def fit(self, model: Model, datamodule: DataModule) -> bool:
         """Train; every rank must call.
@@ -144,7 +147,8 @@ class Trainer:
         loop (see :mod:`helios.loop`). Afterwards ``model`` holds the trained weights.
 
         Returns True when finished, or ended for want of improvement; False when stopped
-        on request, with a checkpoint: the same command goes on from there. Raises a
+        on request, with a checkpoint: the same command goes on from there. With
+        ``exit_when_stopped`` it raises SystemExit then (docs/stops.md). Raises a
         HeliosError where the data, the model or the checkpoint cannot be used, and
         whatever the user's code raises, logged first.
         """
@@ -154,11 +158,12 @@ class Trainer:
             raise ValueError("`total_steps` is not set; pass it to the Trainer")
         self._start_ranks()
         self._parts = find_parts(self, model, datamodule)
+        is_finished = False
         with self._running(model, datamodule, self.train_exceptions) as engine:
             self._fitted = None
             is_finished = self._fit(engine, model, datamodule)
             self._fitted = model
-        return is_finished
+        return self._ended(is_finished)
 
     def validate(self, model: Model, datamodule: DataModule) -> bool:
         """Validate once; like :meth:`test`."""
@@ -184,7 +189,8 @@ class Trainer:
         if self.chkpt_root is not None:
             check_writable(pathlib.Path(self.chkpt_root))
         self._set_up_data(engine, datamodule)
-        model._run_setup(engine, for_inference=False)
+        call = partial(self._stops.setup, engine)
+        model._run_setup(engine, for_inference=False, call=call)
         found = model._holdings()
         if found.has_strangers():
             raise ModelError(
@@ -208,12 +214,11 @@ class Trainer:
         was_resumed = session.restore(self.resume, allow_inexact=self.allow_inexact)
         step = session.state.current_iteration
         self._open_logs(session, purge_step=step + 1 if step else 0)
-        with (
-            stop_on_signals(session.request_stop, session.request_save),
-            watched(session, self.hang_timeout_s),
-        ):
+        with watched(session, self.hang_timeout_s):
             is_finished = fit(self, session, model, datamodule, was_resumed)
             session.wait_for_checkpoint()
+            if not is_finished:
+                self._stops.leave(engine)
         state = self._state = session.state
         end = "finished" if is_finished else f"{session.stop_reason}: stopped, to go on"
         at = f"{state.global_epoch} epochs, {state.current_iteration} steps"
@@ -224,6 +229,7 @@ class Trainer:
         self, model: Model, datamodule: DataModule, phase: BatchPhase
     ) -> bool:
         self._start_ranks()
+        is_finished = False
         with self._running(model, datamodule, self.test_exceptions) as engine:
             self._set_up_data(engine, datamodule)
             is_test = phase is BatchPhase.TEST
@@ -233,26 +239,32 @@ class Trainer:
                 raise DataError(f"the DataModule has no {phase.value} data")
             session = self._make_session(engine, model, datamodule)
             if self._fitted is not model:
-                model._run_setup(engine, for_inference=True)
+                call = partial(self._stops.setup, engine)
+                model._run_setup(engine, for_inference=True, call=call)
                 session.restore_for_inference(self.resume)
             else:
                 session.state = self._state
             self._open_logs(session, purge_step=None)
-            with (
-                stop_on_signals(session.request_stop),
-                watched(session, self.hang_timeout_s),
-            ):
-                return evaluate(session, model, loader, phase)
+            with watched(session, self.hang_timeout_s):
+                is_finished = evaluate(session, model, loader, phase)
+            if not is_finished:
+                self._stops.leave(engine)
+        return self._ended(is_finished)
+
+    def _ended(self, is_finished: bool) -> bool:
+        if not is_finished and self.exit_when_stopped:
+            raise SystemExit(exit_status())
+        return is_finished
 
     def _set_up_data(self, engine: Engine, datamodule: DataModule) -> None:
         datamodule._begin(self)
         rng.seed_rngs(self.seed)
         is_first = engine.local_rank == 0 and datamodule.prepare_data_per_host
-        if engine.is_main or is_first:
-            datamodule.prepare_data()
-        engine.barrier()
+        is_first = is_first or engine.is_main
+        prepare = datamodule.prepare_data if is_first else lambda: None
+        self._stops.setup(engine, prepare)
         rng.seed_rngs(self.seed)
-        datamodule.setup()
+        self._stops.setup(engine, datamodule.setup)
         for phase in datamodule._phases():
             phase.params.batch_size //= self._parts
         rng.seed_rngs(self.seed)
@@ -260,9 +272,8 @@ class Trainer:
     def _make_session(
         self, engine: Engine, model: Model, datamodule: DataModule
     ) -> Session:
-        store = None
-        if self.chkpt_root is not None:
-            root = pathlib.Path(self.chkpt_root) / model.save_name
+        store, root = None, self._folder(model)
+        if root is not None:
             store = CheckpointStore(root, max_shard_bytes=self.max_shard_bytes)
         identity = {**datamodule.identities(), **engine.identity()}
         identity["deterministic"] = self.enable_deterministic
@@ -278,9 +289,15 @@ class Trainer:
             options=self._save_options,
             callbacks=self._hooks,
             shows_progress=self.enable_progress_bar,
+            stops=self._stops,
         )
-        self._session.stop_reason = self._stop_reason
+        self._stops.request_save = self._session.request_save
         return self._session
+
+    def _folder(self, model: Model) -> pathlib.Path | None:
+        """That of the run's checkpoints, if it has any."""
+        root = self.chkpt_root
+        return None if root is None else pathlib.Path(root) / model.save_name
 
     def _check_ranks(self, session: Session, datamodule: DataModule) -> None:
         """Raise a LaunchError where the ranks do not run the same; all must call."""
@@ -324,19 +341,28 @@ class Trainer:
             raise TypeError(f"`model` must be a helios.Model, got {model!r}")
         if not isinstance(datamodule, DataModule):
             raise TypeError(f"`datamodule` must be a DataModule, got {datamodule!r}")
-        engine = self.engine = self._make_engine()
         self.model, self.datamodule = model, datamodule
         model.trainer = datamodule.trainer = self
         root, file = self.log_path or self.log_root, None
         if self.enable_file_logging and root is not None:
             file = pathlib.Path(root) / f"{self.run_name}.log"
+        stops = Stops(max_time_s=self.max_time_s, grace_s=self.stop_grace_s)
+        self._stops = stops
         with (
-            text_logging(file, engine.rank, self.capture_warnings),
+            stops.listening(),
+            text_logging(
+                file, (engine := self._make_engine()).rank, self.capture_warnings
+            ) as log,
             torch_flags(self.enable_cudnn_benchmark, self.enable_deterministic),
         ):
-            self._stop_reason = None
+            self.engine = engine
+            stops.join(engine, self._folder(model))
             with ending(self, engine, silent):
-                yield engine
+                try:
+                    yield engine
+                except Stopped:
+                    log.info("%s: stopped in the setup, to start again", stops.reason)
+                    stops.leave(engine)
 
     def _start_ranks(self) -> None:
         adopt_ranks()

@@ -18,6 +18,8 @@ FILE_LIMIT_LINES = 400
 # launching is another program's work, before a run; health is about the runs whose
 # numbers go bad, failures about those that fail, sizing about batches that fit into
 # memory; no training imports the last three.
+# Stopping has threads, signals and deadlines of its own; evaluations are a loop of
+# their own, that tests have, too.
 # Porting reads other programs' text, and needs nothing of the library. Loops by hand
 # are for who has one: the Trainer needs neither those, nor loaders that were not made
 # for Helios, nor trees without a run. A longer name counts before a shorter one.
@@ -39,6 +41,8 @@ LIMITS_LINES = {
     "failures": 420,
     "verifying": 450,
     "sizing": 110,
+    "stopping": 470,
+    "evaluation": 120,
     "cli": 400,
     "testing": 400,
     "interchange": 300,
@@ -65,7 +69,6 @@ LAYERS = {
     "differences": 1,
     "fingerprint": 1,
     "sharding": 1,
-    "signals": 1,
     "adopting": 1,
     "voting": 1,
     "bars": 1,
@@ -112,6 +115,7 @@ LAYERS = {
     "health": 3,
     "failures": 3,
     "verifying": 3,
+    "stopping": 3,
     # the loops
     "evaluation": 4,
     "loop": 4,

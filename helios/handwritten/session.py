@@ -29,12 +29,10 @@ from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import text_logging
 from helios.loop import Run
 from helios.retention import KeepBest, SaveOptions
-from helios.signals import stop_on_signals
 from helios.state import Boundary, EpochStage, Schedule, TrainingUnit
+from helios.stopping.status import exit_status
 from helios.verifying.trace import traces
 from helios.watchdog import watched
-
-STOPPED = 75  #: the exit status of a run that is to go on: EX_TEMPFAIL of sysexits.h
 
 
 class RunStopped(SystemExit):
@@ -46,7 +44,7 @@ class RunStopped(SystemExit):
     """
 
     def __init__(self, reason: str | None) -> None:
-        super().__init__(STOPPED)
+        super().__init__(exit_status())
         self.reason = reason
 
     def __str__(self) -> str:
@@ -145,7 +143,8 @@ class Session(session.Session):
         )
         model._session = self
         self.notes = model.notes
-        self._held = model
+        self._held, self._folder = model, root
+        self.stops.request_save = self.request_save
         self._save_every = save_every if isinstance(save_every, int) else None
         self._hang_timeout_s = hang_timeout_s
         self._run: Run | None = None
@@ -218,7 +217,8 @@ class Session(session.Session):
 
     def _epochs(self, run: Run) -> Iterator[int]:
         guards, state = self._guards, self.state
-        guards.enter_context(stop_on_signals(self.request_stop, self.request_save))
+        guards.enter_context(self.stops.listening())
+        self.stops.join(self.engine, self._folder)
         guards.enter_context(watched(self, self._hang_timeout_s))
         with guards:
             if state.epoch_stage == EpochStage.CLOSED:
@@ -362,6 +362,7 @@ class Session(session.Session):
                 self.request_save()
         if self._run.meet(boundary):
             self.wait_for_checkpoint()
+            self.stops.leave(self.engine)
             stopped = RunStopped(self.stop_reason)
             at = f"{self.state.global_epoch} epochs, {self.state.current_iteration}"
             self.logger.info("%s after %s steps", stopped, at)

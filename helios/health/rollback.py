@@ -94,7 +94,7 @@ def _go_back(
     left_out = {*session.reading.get(LEFT_OUT, ()), *wish.batches}
     # A stop that somebody else asks for is still to come.
     if (session.stop_reason or REASON).startswith((REASON, OF_ANOTHER)):
-        session.stop_reason = None
+        session.stops.withdraw()
     trainer._bar.close()
     with contextlib.suppress(OSError):
         session.journal.writer.close()  # and begun again behind the checkpoint

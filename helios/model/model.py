@@ -6,6 +6,7 @@ import abc
 import enum
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -329,12 +330,18 @@ class Model(abc.ABC):
         """The running losses and scores, which are saved with the run."""
         return {"losses": self._running_losses, "scores": self._val_scores}
 
-    def _run_setup(self, engine: Engine, *, for_inference: bool) -> None:
-        """Call ``setup``, prepare what it made, and put that in its place."""
+    def _run_setup(
+        self,
+        engine: Engine,
+        *,
+        for_inference: bool,
+        call: Callable[[Callable[[], None]], None],
+    ) -> None:
+        """``call`` the ``setup``, prepare what it made, and put that in its place."""
         self._engine = engine
         for book in self._books().values():
             book.clear()
-        self._call_for_inference(self.setup, for_inference)
+        call(partial(self._call_for_inference, self.setup, for_inference))
         found = self._holdings()
         kinds = (found.networks, found.optimizers, found.schedulers)
         by = engine.prepare(*(list(kind.values()) for kind in kinds))

@@ -247,17 +247,26 @@ def test_run_stopped_at_an_epochs_end_begins_with_the_next_epoch(tmp_path):
     ]
 
 
-def test_run_stopped_during_a_validation_ends_after_it(tmp_path):
+def test_validation_that_a_stop_interrupts_is_run_again_from_its_start(tmp_path):
     options = {"total_steps": 2, "valid_frequency": 1}
     is_finished, hooks = trace(tmp_path, StopAt(validation=0), **options)
     assert not is_finished
-    assert hooks[-6:] == [
+    assert hooks[-4:] == [
+        "on_validation_batch_end 0",
         "callback on_validation_batch_end 0",
-        "on_validation_end 0",
-        "callback on_validation_end 1",
-        "have_metrics_improved",
         "should_training_stop",
         "callback on_checkpoint_saved trace_epoch_1_iter_2",
+    ]
+    is_finished, hooks = trace(tmp_path, StopAt(), **options)
+    assert is_finished
+    assert hooks[:7] == [
+        "setup False",
+        "on_training_start",
+        "callback on_training_start",
+        "on_validation_start 0",
+        "callback on_validation_start 0",
+        "on_validation_batch_start 0",
+        "valid_step 0",
     ]
 
 

@@ -1,0 +1,304 @@
+"""Requests to stop: signals, a file, a time limit, the program; and their deadlines."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pathlib
+import selectors
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, ClassVar, NoReturn
+
+from helios.engine import Engine
+from helios.loggers.text import get_root_logger
+from helios.stopping.ranks import starter_folder
+from helios.stopping.slurm import requeue
+from helios.stopping.status import EXIT_INTERRUPTED, exit_status
+
+#: A file of this name in the folder of the checkpoints asks for a stop.
+STOP_FILE = "stop"
+_LOOK_EVERY_S = 1.0
+_POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_HANDLED = (*_POLITE, signal.SIGUSR2)
+_SAME_S = 0.25  # one Ctrl-C may come twice: from the terminal, and passed on
+_UNWIND_S = 2.0  # after a second one, for what Python has to close
+_MEET_S = 2.0  # after a stop, for ranks that wait for each other at the start
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ends a user's `prepare_data` or `setup` where it is, as Ctrl-C would."""
+
+
+class Stopped(Exception):  # no error: it is caught where the run was started
+    """All ranks leave the setup."""
+
+
+class Alarms:
+    """Times at which something is due, each once; ``clock`` is in seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ends_s: dict[str, float] = {}
+
+    def arm(self, name: str, seconds: float | None) -> None:
+        """Have ``name`` due in so many seconds; None: never."""
+        if seconds is not None:
+            self._ends_s[name] = self._clock() + seconds
+
+    def left_s(self) -> float | None:
+        """Seconds until the next one; None: there is none."""
+        ends_s = [*self._ends_s.values()]
+        return max(0.0, min(ends_s) - self._clock()) if ends_s else None
+
+    def disarm(self, name: str) -> None:
+        """Have it not due any more, if it was to be."""
+        self._ends_s.pop(name, None)
+
+    def due(self) -> list[str]:
+        """Those that are due, and were not said to be so before."""
+        now_s = self._clock()
+        due = [name for name, end_s in [*self._ends_s.items()] if end_s <= now_s]
+        for name in due:
+            del self._ends_s[name]
+        return due
+
+
+class Interrupts:
+    """Counts SIGINTs: those of one moment are one."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._first_s: float | None = None
+        self._is_torchs = "TORCHELASTIC_RUN_ID" in os.environ
+
+    def is_second(self, number: int) -> bool:
+        """Note a signal; whether it interrupts once more."""
+        # When torch's launcher is interrupted twice, it passes this on the second time.
+        is_torchs = self._is_torchs and number == signal.SIGTERM
+        if number != signal.SIGINT and not (is_torchs and self._first_s is not None):
+            return False
+        now_s = self._clock()
+        if self._first_s is None:
+            self._first_s = now_s
+        return now_s - self._first_s >= _SAME_S
+
+
+class Stops:
+    """What asks one call of fit, validate or test to stop, and when it has to be over.
+
+    ``reason`` says why it is to stop. Signals are heard by the main thread and by a
+    thread of their own: the main one may be in a call that does not return.
+    """
+
+    _listening: ClassVar[Stops | None] = None
+
+    def __init__(
+        self, *, max_time_s: float | None = None, grace_s: float | None = None
+    ) -> None:
+        self.reason: str | None = None
+        self.wants_requeue = False
+        #: What SIGUSR2 does: once there is a session, a checkpoint.
+        self.request_save: Callable[[], None] = lambda: None
+        self._grace_s, self._max_time_s = grace_s, max_time_s
+        self._alarms = Alarms()
+        self._alarms.arm("limit", max_time_s)
+        self._is_main_rank = self._has_joined = False
+        self._hears = self._is_interruptible = self._was_interrupted = False
+        self._ended = threading.Event()
+        self._write: socket.socket | None = None
+        self._heard_here, self._heard_there = Interrupts(), Interrupts()
+        self._before: dict[signal.Signals, Any] = {}
+        self._before_fd = -1
+
+    def request(self, reason: str) -> None:
+        """Ask for a stop; any thread. The first reason counts."""
+        if self.reason is not None:
+            return
+        self.reason = reason
+        self._alarms.arm("grace", self._grace_s)
+        if not self._has_joined:
+            self._alarms.arm("meeting", _MEET_S)
+        self._wake()
+        main = threading.main_thread()
+        if self._is_interruptible and threading.current_thread() is not main:
+            assert main.ident is not None
+            signal.pthread_kill(main.ident, signal.SIGTERM)  # where it sleeps, too
+
+    def withdraw(self) -> None:
+        """Take the request back."""
+        self.reason = None
+        self._alarms.disarm("grace")
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear signals, and keep the deadlines.
+
+        Signals are heard in the main thread only: others cannot set handlers. Begin
+        before the ranks meet: one that has met the others does not die of a signal.
+        """
+        read, self._write = socket.socketpair()
+        for end in (read, self._write):
+            end.setblocking(False)
+        watch = threading.Thread(target=self._watch, args=(read,), daemon=True)
+        watch.name = "stops"
+        self._hears = threading.current_thread() is threading.main_thread()
+        if self._hears:
+            self._set_handlers()
+        watch.start()
+        starter = starter_folder() if self._hears else None
+        if starter is not None:
+            (starter / str(os.getpid())).touch()
+        try:
+            yield
+        finally:
+            if starter is not None:
+                (starter / str(os.getpid())).unlink(missing_ok=True)
+            if self._hears:
+                self._put_handlers_back()
+            self._ended.set()
+            self._wake()
+            watch.join()
+            self._write.close()
+            read.close()
+
+    def join(self, engine: Engine, folder: pathlib.Path | None) -> None:
+        """Go on with the other ranks; the main one looks for ``stop`` in the folder."""
+        self._is_main_rank, self._has_joined = engine.is_main, True
+        self._alarms.disarm("meeting")
+        if folder is not None and engine.is_main:
+            file = folder / STOP_FILE
+            # Not waited for: it may wait for a disk.
+            threading.Thread(target=self._look, args=(file,), daemon=True).start()
+
+    def setup(self, engine: Engine, part: Callable[[], object]) -> None:
+        """Call a user's part of the setup, which a stop ends; every rank must call.
+
+        Raises:
+            Stopped: afterwards, on all ranks, where a stop is asked for on any.
+        """
+        try:
+            try:
+                self._is_interruptible = self._hears
+                if self.reason is None:
+                    part()
+            finally:
+                self._is_interruptible = False
+        except BaseException as error:  # the user's code may have made another of ours
+            if not self._was_interrupted or type(error) is KeyboardInterrupt:
+                raise
+        if engine.agree(self.reason is not None):
+            self.request("another rank asks to stop")
+            raise Stopped
+
+    def leave(self, engine: Engine) -> None:
+        """Do what a run does last that was stopped; every rank must call."""
+        if engine.agree(self.wants_requeue) and engine.is_main:
+            requeue()
+
+    def _note(self, number: int) -> None:
+        if number in _POLITE:
+            self.wants_requeue = self.wants_requeue or number == signal.SIGUSR1
+            self.request(f"received {signal.Signals(number).name}")
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Hear a signal, in the main thread."""
+        if self._heard_here.is_second(number):
+            raise KeyboardInterrupt
+        if number == signal.SIGUSR2:  # here alone: each asks for one
+            self.request_save()
+            return
+        self._note(number)
+        if self._is_interruptible:
+            self._is_interruptible = False  # once is enough
+            self._was_interrupted = True
+            raise Interrupted
+
+    def _watch(self, read: socket.socket) -> None:
+        """Hear signals, in a thread, and do what is due."""
+        told = None
+        with selectors.DefaultSelector() as selector:
+            selector.register(read, selectors.EVENT_READ)
+            while not self._ended.is_set():
+                numbers = b""
+                if selector.select(self._alarms.left_s()):
+                    numbers = read.recv(64)
+                for number in numbers:
+                    self._note(number)
+                    if self._heard_there.is_second(number):
+                        self._alarms.arm("unwinding", _UNWIND_S)
+                for name in self._alarms.due():
+                    self._do(name)
+                if self.reason != told:
+                    told = self.reason
+                    if told is not None:
+                        get_root_logger().info("%s: the run is to stop", told)
+
+    def _do(self, name: str) -> None:
+        if name == "limit":
+            self.request(f"`max_time_s` is over, {self._max_time_s:g} s")
+        elif name == "grace":
+            get_root_logger().critical(
+                "NO END WITHIN `stop_grace_s`, %g S: the last checkpoint stands",
+                self._grace_s,
+            )
+            if self.wants_requeue and self._is_main_rank:
+                requeue()
+            _end(exit_status())
+        elif name == "meeting":
+            _end(exit_status())
+        else:
+            get_root_logger().critical("interrupted twice: ended at once")
+            _end(EXIT_INTERRUPTED)
+
+    def _look(self, file: pathlib.Path) -> None:
+        while not self._ended.wait(_LOOK_EVERY_S):
+            if not file.exists():
+                continue
+            self.request(f"there is a file {file}")
+            try:
+                file.unlink()  # it is not meant for the run that goes on
+            except OSError as error:
+                get_root_logger().error("delete it, to go on: %s", error)
+            return
+
+    def _wake(self) -> None:
+        if self._write is not None:
+            with contextlib.suppress(OSError):  # full: it is awake; closed: it is over
+                self._write.send(b"\0")
+
+    def _set_handlers(self) -> None:
+        Stops._listening = self
+        assert self._write is not None
+        file = self._write.fileno()
+        self._before_fd = signal.set_wakeup_fd(file, warn_on_full_buffer=False)
+        self._before = {n: signal.signal(n, self._handle) for n in _HANDLED}
+
+    def _put_handlers_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.set_wakeup_fd(self._before_fd)
+        Stops._listening = None
+
+
+def _be_deaf() -> None:
+    """Put the signals' handlers back in a forked child: its parent hears them."""
+    if Stops._listening is not None:
+        Stops._listening._put_handlers_back()
+
+
+os.register_at_fork(after_in_child=_be_deaf)
+
+
+def _end(status: int) -> NoReturn:
+    """End this process at once, and the workers of its loaders."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    for handler in get_root_logger().handlers:
+        handler.flush()
+    os._exit(status)

@@ -1,0 +1,26 @@
+"""Exit statuses: what a scheduler goes by."""
+
+from __future__ import annotations
+
+import os
+
+from helios.stopping.ranks import STOPPED, starter_folder
+
+#: A run that was stopped, and goes on when it is started again: EX_TEMPFAIL of
+#: sysexits.h. 0: it has come to its end. Any other one: it has failed.
+EXIT_STOPPED = 75
+#: A second SIGINT has ended it, as a shell would say.
+EXIT_INTERRUPTED = 130
+
+
+def exit_status() -> int:
+    """The status with which a process ends whose run was stopped.
+
+    A launcher takes a rank's for a failure, and may start it anew. A starter of our own
+    is told in another way, and ends with `EXIT_STOPPED` itself.
+    """
+    if (folder := starter_folder()) is not None:
+        (folder / STOPPED).touch()
+        return 0
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    return EXIT_STOPPED if restarts == "0" else 0
