@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -50,8 +51,9 @@ def test_rank_that_raises_ends_the_job_and_is_named(job, case):
         assert end is not None, f"a rank did not end: {console}"
         assert end[1] < END_S
     assert report[name][failing][0] == 1
-    assert f"rank {failing} failed\nTraceback" in console
+    named = rf"^[\d:]+ rank {failing} failed.*\nTraceback"
+    assert re.search(named, console, re.MULTILINE)
     assert f"ValueError: on purpose in {hook}" in console
     text = log.read_text()
-    assert f"rank {failing} failed\nTraceback" in text
+    assert re.search(rf"rank {failing} failed.*\nTraceback", text)
     assert f"ValueError: on purpose in {hook}" in text
