@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pathlib
 import signal
 import tempfile
 import uuid
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any, NoReturn
 
 from helios.loggers.text import get_root_logger
-from helios.stopping.ranks import STARTER, STARTER_FOLDER, STOPPED, pass_signals_on
+from helios.stopping.ranks import STARTER, STARTER_FOLDER, STOPPED
 from helios.stopping.status import EXIT_STOPPED
 
-_POLITE = (128 + signal.SIGTERM, 128 + signal.SIGINT)
+_POLITE = {0, *(128 + s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))}
 
 
 def on_one_host() -> dict[str, Any]:
@@ -31,38 +31,52 @@ def log_folder() -> Iterator[str]:
         yield folder
 
 
-def run_ranks(config: Any, program: Any, *arguments: str, folder: str) -> NoReturn:
+def run_ranks(config: Any, program: Any, *arguments: str) -> NoReturn:
     """Run a program as often as a LaunchConfig says, and end as it ends.
 
-    Signals are passed on, and the ranks waited for. The exit status is `EXIT_STOPPED`
-    where a run on them was stopped and says so, else that of the rank that failed
-    first, 128 and the number of the signal that ended it or this process, or 0. What
-    ranks have to tell goes to ``folder``.
+    SIGTERM, SIGINT and SIGUSR1 are passed on, and the ranks waited for; SIGUSR2 is
+    passed on. The exit status is that of the rank that failed first, 128 and the number
+    of the signal that ended it or this process, or 0; `EXIT_STOPPED`, if they say so.
     """
     # Imported here: it takes a second that only this process has to wait.
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    ranks = pathlib.Path(folder) / "ranks"
-    ranks.mkdir()
-    os.environ |= {STARTER: str(os.getpid()), STARTER_FOLDER: str(ranks)}
-    pass_signals_on(ranks)
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SignalException("asked to stop", signal.Signals(number))
+
+    # torch has handlers of its own for the others.
+    signal.signal(signal.SIGUSR1, stop)
+    signal.signal(signal.SIGUSR2, _pass_on)
+    os.environ[STARTER] = str(os.getpid())
     # The ranks' store lives as long as they: those of a second attempt would read the
     # first one's addresses in the launcher's.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     code = 0
-    try:
-        elastic_launch(config, program)(*arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        get_root_logger().critical(
-            "rank %d failed first, with exit status %d", rank, failure.exitcode
-        )
-        # A signal that ended it is a negative number here, and 128 more in a shell.
-        code = failure.exitcode
-        code = code if code > 0 else 128 - code
-    except SignalException as error:
-        code = 128 + error.sigval
-    is_stopped = code in (0, *_POLITE) and (ranks / STOPPED).exists()
+    with log_folder() as folder:
+        os.environ[STARTER_FOLDER] = folder
+        try:
+            elastic_launch(config, program)(*arguments)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            get_root_logger().critical(
+                "rank %d failed first, with exit status %d", rank, failure.exitcode
+            )
+            # A signal that ended it is a negative number here, and 128 more in a shell.
+            code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        except SignalException as error:
+            code = 128 + error.sigval
+        is_stopped = code in _POLITE and os.path.exists(os.path.join(folder, STOPPED))
     raise SystemExit(EXIT_STOPPED if is_stopped else code)
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Pass a signal on to the ranks, and to nothing else that was started here."""
+    import psutil
+
+    own = str(os.getpid())
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+            if child.environ().get(STARTER) == own:
+                child.send_signal(number)

@@ -95,7 +95,7 @@ def _start_ranks(args: Any) -> NoReturn:
         if args.num_processes == 1:  # else it would be wrapped as one of many
             unset = [part for name in _OF_A_RANK for part in ("-u", name)]
             program, rest = "env", [*unset, program, *rest]
-        elastic.run_ranks(config, program, *rest, folder=folder)
+        elastic.run_ranks(config, program, *rest)
 
 
 def _check_numbers(args: Any) -> bool:

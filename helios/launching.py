@@ -96,4 +96,4 @@ def _start(count: int, max_restarts: int) -> NoReturn:
             logs_specs=DefaultLogsSpecs(folder),
             **elastic.on_one_host(),
         )
-        elastic.run_ranks(config, sys.executable, *sys.orig_argv[1:], folder=folder)
+        elastic.run_ranks(config, sys.executable, *sys.orig_argv[1:])

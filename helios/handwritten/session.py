@@ -217,8 +217,7 @@ class Session(session.Session):
 
     def _epochs(self, run: Run) -> Iterator[int]:
         guards, state = self._guards, self.state
-        guards.enter_context(self.stops.listening())
-        self.stops.join(self.engine, self._folder)
+        guards.enter_context(self.stops.joined(self.engine, self._folder))
         guards.enter_context(watched(self, self._hang_timeout_s))
         with guards:
             if state.epoch_stage == EpochStage.CLOSED:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import pathlib
 import signal
 import sys
-from types import FrameType
 
-#: In a rank's environment: the process that has started it, and a folder, with
-#: a file `<pid>` for each rank that hears signals, and `stopped`, if a run was.
+#: In a rank's environment: the process that has started it, and a folder, in
+#: which there is a file `stopped`, if a run was.
 STARTER, STARTER_FOLDER = "HELIOS_STARTER", "HELIOS_STARTER_FOLDER"
 STOPPED = "stopped"
 _PR_SET_PDEATHSIG = 1
@@ -36,31 +34,3 @@ def end_with_launcher() -> None:
         number = signal.SIGTERM
     if number is not None and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
-
-
-def pass_signals_on(folder: pathlib.Path) -> None:
-    """Have SIGUSR1 and SIGUSR2 reach the ranks; torch passes the others on.
-
-    Where none says that it hears them, as those of a program without Helios, they reach
-    all, and nothing else that was started here.
-    """
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for rank in [int(file.name) for file in folder.glob("[0-9]*")] or _started():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, number)
-
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, pass_on)
-
-
-def _started() -> list[int]:
-    """The ranks that this process has started."""
-    import psutil
-
-    own, found = str(os.getpid()), list[int]()
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):  # it has ended meanwhile
-            if child.environ().get(STARTER) == own:
-                found.append(child.pid)
-    return found

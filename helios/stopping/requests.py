@@ -17,7 +17,6 @@ from typing import Any, ClassVar, NoReturn
 
 from helios.engine import Engine
 from helios.loggers.text import get_root_logger
-from helios.stopping.ranks import starter_folder
 from helios.stopping.slurm import requeue
 from helios.stopping.status import EXIT_INTERRUPTED, exit_status
 
@@ -131,7 +130,7 @@ class Stops:
             signal.pthread_kill(main.ident, signal.SIGTERM)  # where it sleeps, too
 
     def withdraw(self) -> None:
-        """Take the request back."""
+        """Forget what was asked for: it has been done in another way."""
         self.reason = None
         self._alarms.disarm("grace")
 
@@ -151,14 +150,9 @@ class Stops:
         if self._hears:
             self._set_handlers()
         watch.start()
-        starter = starter_folder() if self._hears else None
-        if starter is not None:
-            (starter / str(os.getpid())).touch()
         try:
             yield
         finally:
-            if starter is not None:
-                (starter / str(os.getpid())).unlink(missing_ok=True)
             if self._hears:
                 self._put_handlers_back()
             self._ended.set()
@@ -166,6 +160,13 @@ class Stops:
             watch.join()
             self._write.close()
             read.close()
+
+    @contextlib.contextmanager
+    def joined(self, engine: Engine, folder: pathlib.Path | None) -> Iterator[None]:
+        """Both :meth:`listening` and :meth:`join`, where the ranks have met before."""
+        with self.listening():
+            self.join(engine, folder)
+            yield
 
     def join(self, engine: Engine, folder: pathlib.Path | None) -> None:
         """Go on with the other ranks; the main one looks for ``stop`` in the folder."""

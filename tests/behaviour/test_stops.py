@@ -187,6 +187,34 @@ def test_interrupted_validation_changes_nothing(tmp_path, unit, step, validation
     assert sorted({*saved[0], *saved[1]}) == saved[2]
 
 
+class Counting(RandomModel):
+    """Counts in its validations, in place, what is saved."""
+
+    def setup(self, for_inference=False):
+        super().setup(for_inference)
+        self.seen = torch.zeros(())
+
+    def valid_step(self, batch, step):
+        super().valid_step(batch, step)
+        self.seen += 1
+
+    def user_state_dict(self):
+        return {**super().user_state_dict(), "seen": self.seen}
+
+    def load_user_state_dict(self, state, for_inference):
+        super().load_user_state_dict(state, for_inference)
+        self.seen = state["seen"]
+
+
+def test_what_an_interrupted_validation_has_counted_is_not_saved(tmp_path):
+    parts, again = Counting(), Counting()
+    stop = StopAt(validation=1)
+    assert not train(parts, RandomData(), tmp_path, stop, **OPTIONS)[0]
+    assert parts.seen.item() == 3
+    assert train(again, RandomData(), tmp_path, StopAt(), **OPTIONS)[0]
+    assert again.seen.item() == 6
+
+
 class Averaging(RandomModel):
     """Validates a moving average of its weights."""
 
