@@ -111,3 +111,10 @@ def check_writable(root: pathlib.Path) -> None:
         tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
         raise CheckpointError(f"`chkpt_root` cannot be written to: {error}") from error
+
+
+def check_possible(root: pathlib.Path) -> None:
+    """Raise a NotADirectoryError where a folder for logs can never be."""
+    for part in (root, *root.parents):
+        if part.exists() and not part.is_dir():
+            raise NotADirectoryError(f"logs cannot be written below the file {part}")

@@ -1,8 +1,10 @@
 """Writing behind the training: a copy in host memory, and one thread."""
 
+import contextlib
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from bisect import bisect
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TypeAlias
 
 import torch
@@ -10,19 +12,18 @@ from torch import Tensor
 
 from helios.errors import CheckpointError
 
+_SHARED_BYTES = 1 << 24  # below, a thread takes longer to start than to copy
 Files: TypeAlias = dict[str, dict[str, Tensor]]
 
 
 class BackgroundWriter:
-    """Runs at most one job at a time, on a thread that stays: to start one takes time.
+    """Runs at most one job at a time, on a thread that lives as long as its job.
 
-    The interpreter does not end in the middle of a job.
+    It is no daemon: the interpreter does not end in the middle of one.
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "helios-writer")
-        self._job: Future[None] | None = None
-        self._worker: threading.Thread | None = None  # while a job runs
+        self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
@@ -52,9 +53,9 @@ class BackgroundWriter:
         """
         self.wait()
         old, self._buffers = self._buffers, {}
-        devices = {t.device for tensors in files.values() for t in tensors.values()}
+        pairs = list[tuple[Tensor, Tensor]]()
         # A copy made in inference mode would carry its restrictions along.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):
             for file, tensors in files.items():
                 for name, live in tensors.items():
                     buffer = old.pop((file, name), None)
@@ -63,12 +64,9 @@ class BackgroundWriter:
                         buffer = torch.empty(
                             live.shape, dtype=live.dtype, pin_memory=live.is_cuda
                         )
-                    self._buffers[file, name] = buffer.copy_(
-                        live, non_blocking=live.is_cuda
-                    )
-            for device in devices:
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                    self._buffers[file, name] = buffer
+                    pairs.append((buffer, live))
+        _copy_all(pairs)
         return {
             file: {n: self._buffers[file, n] for n in files[file]} for file in files
         }
@@ -76,15 +74,18 @@ class BackgroundWriter:
     def submit(self, job: Callable[[], None]) -> None:
         """Run ``job`` in the background, once the one in flight is done."""
         self.wait()
+        thread = threading.Thread(target=self._run, args=(job,))
         try:
-            self._job = self._thread.submit(self._run, job)
-        except RuntimeError:  # the main thread has ended: no other begins any more
+            thread.start()
+        except RuntimeError:  # the interpreter is ending, and starts none any more
             self._run(job)
+        else:
+            self._thread = thread
 
     @property
     def is_busy(self) -> bool:
         """Whether a job is in flight."""
-        return self._job is not None and not self._job.done()
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def has_failed(self) -> bool:
@@ -98,30 +99,47 @@ class BackgroundWriter:
             raise CheckpointError(f"{type(error).__name__}: {error}") from error
 
     def wait(self) -> None:
-        """Wait for the job in flight; :meth:`check` tells how it went.
-
-        Raises:
-            RuntimeError: it is that job which calls.
-        """
-        if self._worker is threading.current_thread():
-            raise RuntimeError(
-                "the writer of checkpoints cannot wait for itself: "
-                "`on_checkpoint_saved` is called by it"
-            )
-        if self._job is not None:
-            self._job.result()
-            self._job = None
-
-    def close(self) -> None:
-        """Wait for the job in flight, and end the thread: no other can follow."""
-        self.wait()
-        self._thread.shutdown()
+        """Wait for the job in flight; :meth:`check` tells how it went."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
     def _run(self, job: Callable[[], None]) -> None:
-        self._worker = threading.current_thread()
         try:
             job()
         except BaseException as error:  # nothing may end the thread unnoticed
             self._error = self._error or error
-        finally:
-            self._worker = None
+
+
+def _copy_all(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy to each first tensor the second one, with the help of another thread.
+
+    One alone does not take all that memory has to give. Where torch has several
+    threads, it is they that copy.
+    """
+    sizes = list(accumulate(live.nbytes for _, live in pairs))
+    half, failed = len(pairs), list[BaseException]()
+    helper = None
+    if pairs and sizes[-1] >= _SHARED_BYTES and torch.get_num_threads() == 1:
+        with contextlib.suppress(RuntimeError):  # as in `submit`
+            at = bisect(sizes, sizes[-1] // 2)
+            thread = threading.Thread(target=_copy, args=(pairs[at:], failed))
+            thread.start()
+            half, helper = at, thread
+    _copy(pairs[:half], failed)
+    if helper is not None:
+        helper.join()
+    for error in failed:
+        raise error
+    for device in {live.device for _, live in pairs}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]], failed: list[BaseException]) -> None:
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for buffer, live in pairs:
+                buffer.copy_(live, non_blocking=live.is_cuda)
+    except BaseException as error:  # for who waits
+        failed.append(error)

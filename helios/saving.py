@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
@@ -314,11 +313,6 @@ class Saver:
         user_error, self._hook_error = self._hook_error, None
         if user_error is not None:
             raise user_error
-
-    def close(self) -> None:
-        """End the writer, after what it has in hand."""
-        with contextlib.closing(self._background):
-            self.finish()
 
     def check_saved(self) -> None:
         """Raise a CheckpointError where the state as it is could not be saved."""

@@ -365,4 +365,4 @@ class Session:
             for part in (self.engine, self.journal, self._copies):
                 stack.callback(part.close)
             if self.saver is not None:
-                stack.callback(self.saver.close)
+                stack.callback(self.saver.finish)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from helios import fingerprint, rng
 from helios.adopting import adopt_ranks
-from helios.arguments import check_arguments, check_writable
+from helios.arguments import check_arguments, check_possible, check_writable
 from helios.callbacks.base import Callback, overridden
 from helios.callbacks.progress import ProgressBar
 from helios.checkpoint import CheckpointStore
@@ -346,6 +346,9 @@ class Trainer:
         root, file = self.log_path or self.log_root, None
         if self.enable_file_logging and root is not None:
             file = pathlib.Path(root) / f"{self.run_name}.log"
+        for folder in (self.log_root, self.log_path, self.run_path):
+            if folder is not None:
+                check_possible(pathlib.Path(folder))
         stops = Stops(max_time_s=self.max_time_s, grace_s=self.stop_grace_s)
         self._stops = stops
         with (

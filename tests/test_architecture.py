@@ -29,7 +29,7 @@ LIMITS_LINES = {
     "checkpoint": 1050,
     "saving": 300,
     "retention": 90,
-    "background": 110,
+    "background": 140,
     "sharding": 150,
     "watchdog": 150,
     "launching": 100,

@@ -340,7 +340,7 @@ class Session(session.Session):
         atexit.unregister(self.close)
         with self._surroundings, self._guards:
             if self.saver is not None:
-                self.saver.close()
+                self.saver.finish()
             self._copies.close()
             self.journal.close()
             self.engine.accelerator.sync_gradients = True

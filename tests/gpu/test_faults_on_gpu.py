@@ -48,6 +48,7 @@ class NoWaiting(helios.Callback):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @pytest.mark.parametrize("policy", [None, "warn", "stop", "rollback"])
 def test_looking_at_the_numbers_does_not_wait_for_the_device(policy):
     data = IndexData(800, valid=0, batch_size=4, pin_memory=True)
@@ -78,15 +79,29 @@ def test_bad_numbers_on_a_gpu_are_told(tmp_path, capsys, policy):
         assert "at step 51 (epoch 0, batch 50)" in capsys.readouterr().err
 
 
+MOST_BYTES = 1 << 30
+
+
+@pytest.fixture
+def small_gpu():
+    """One that has a GiB for this process, whoever else is on it."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(MOST_BYTES / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 class Greedy(Wide):
     """Needs so much memory that three samples at once do not fit."""
 
     def train_step(self, batch, state):
-        share = torch.cuda.get_device_properties(self.device).total_memory * 0.35
-        torch.empty(int(len(batch) * share), dtype=torch.uint8, device=self.device)
+        share = int(len(batch) * MOST_BYTES * 0.35)
+        torch.empty(share, dtype=torch.uint8, device=self.device)
         super().train_step(batch, state)
 
 
+@pytest.mark.usefixtures("small_gpu")
 def test_batch_that_is_too_large_for_a_gpu_is_told(tmp_path, capsys):
     options = {**STEPS, "total_steps": 2, "log_root": tmp_path, "crash_bundle": "batch"}
     with pytest.raises(torch.OutOfMemoryError):
@@ -97,6 +112,7 @@ def test_batch_that_is_too_large_for_a_gpu_is_told(tmp_path, capsys):
     assert "cuda" in bundle["values"]["rng"]
 
 
+@pytest.mark.usefixtures("small_gpu")
 def test_batch_size_that_fits_a_gpu_is_found(tmp_path, capsys):
     options = {**STEPS, "total_steps": 2, "batch_size": "auto"}
     model = Greedy()

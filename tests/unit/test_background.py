@@ -82,34 +82,39 @@ def test_a_failed_job_surfaces_once_with_its_cause() -> None:
     writer.check()
 
 
-def test_the_thread_stays_for_further_jobs_and_ends_with_the_writer() -> None:
+def test_there_is_a_thread_only_while_a_job_runs() -> None:
     before = threading.active_count()
-    writer, inside = BackgroundWriter(), list[threading.Thread]()
+    writer, inside = BackgroundWriter(), list[int]()
     assert threading.active_count() == before
-    for _ in range(2):
-        writer.submit(lambda: inside.append(threading.current_thread()))
-        writer.wait()
-    assert inside[0] is inside[1]
-    assert threading.active_count() == before + 1
-    writer.close()
-    assert threading.active_count() == before
-
-
-def test_the_thread_of_a_writer_that_nobody_has_closed_ends_with_it() -> None:
-    before = threading.active_count()
-    writer, inside = BackgroundWriter(), list[threading.Thread]()
-    writer.submit(lambda: inside.append(threading.current_thread()))
+    writer.submit(lambda: inside.append(threading.active_count()))
     writer.wait()
-    del writer
-    inside[0].join(10)
+    assert inside == [before + 1]
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("sizes", [(1 << 22,) * 3, (1 << 24, 1), (1, 1 << 24, 3)])
+def test_a_large_snapshot_is_whole(sizes: tuple[int, ...]) -> None:
+    live = {f"{i}": torch.arange(n) % 251 + i for i, n in enumerate(sizes)}
+    copies = BackgroundWriter().snapshot({"f": live})["f"]
+    assert all(copies[name].equal(tensor) for name, tensor in live.items())
+    assert list(copies) == list(live)
+
+
+def test_an_error_of_the_thread_that_helps_to_copy_is_raised() -> None:
+    live = {"a": torch.ones(1 << 22), "b": torch.ones(1 << 22)}
+    writer = BackgroundWriter()
+    writer.snapshot({"f": live})
+    # It cannot be written to: its numbers are one.
+    writer._buffers["f", "b"] = torch.ones(1).expand(1 << 22)
+    with pytest.raises(RuntimeError):
+        writer.snapshot({"f": live})
 
 
 def test_a_job_that_waits_for_itself_is_an_error() -> None:
     writer = BackgroundWriter()
     writer.submit(writer.wait)
     writer.wait()
-    with pytest.raises(CheckpointError, match="cannot wait for itself"):
+    with pytest.raises(CheckpointError, match="cannot join current thread"):
         writer.check()
 
 
