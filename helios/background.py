@@ -74,13 +74,12 @@ class BackgroundWriter:
     def submit(self, job: Callable[[], None]) -> None:
         """Run ``job`` in the background, once the one in flight is done."""
         self.wait()
-        thread = threading.Thread(target=self._run, args=(job,))
+        self._thread = threading.Thread(target=self._run, args=(job,))
         try:
-            thread.start()
+            self._thread.start()
         except RuntimeError:  # the interpreter is ending, and starts none any more
+            self._thread = None
             self._run(job)
-        else:
-            self._thread = thread
 
     @property
     def is_busy(self) -> bool:
