@@ -347,7 +347,7 @@ class Trainer:
         if self.enable_file_logging and root is not None:
             file = pathlib.Path(root) / f"{self.run_name}.log"
         for folder in (self.log_root, self.log_path, self.run_path):
-            if folder is not None:
+            if folder and (self.enable_file_logging or self.enable_tensorboard):
                 check_possible(pathlib.Path(folder))
         stops = Stops(max_time_s=self.max_time_s, grace_s=self.stop_grace_s)
         self._stops = stops

@@ -198,7 +198,7 @@ def test_log_file_is_continued_by_a_resumed_run(tmp_path):
     assert three == one
     text = (parts / "mine.log").read_text()
     assert text.count("resumed from ids_epoch_") == 2
-    assert text.count("the test") == 2
+    assert text.count("the test: stopped") == 2
     assert text.count("finished") == 1
 
 
