@@ -306,7 +306,12 @@ def test_full_disk_is_noticed_before_anything_is_written(tmp_path, monkeypatch, 
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: Usage(free[0]) if free else real(path)
     )
-    more_room = At(4, lambda session: free.clear())
+
+    def make_room(session):
+        session.saver._background.wait()  # it has found none
+        free.clear()
+
+    more_room = At(4, make_room)
     finished, _ = train(
         IdModel(), IndexData(), tmp_path, more_room, **IN_STEPS, chkpt_frequency=1
     )
