@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from helios._version import __version__
+from helios.errors import LaunchError
 
 
 class Cost(enum.Enum):
@@ -95,3 +96,13 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Cost]
             old, new = ({k: side.get(k) for k in keys} for side in (old, new))
         found[f"`{name}` was {old}, is {new}: {words}"] = cost
     return found
+
+
+def check_agreement(ranks: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a LaunchError where the facts of the ranks are not the same."""
+    if found := disagreements(ranks):
+        lines = "\n  ".join(found)
+        raise LaunchError(
+            f"the ranks do not agree:\n  {lines}\nstart all of them with the same "
+            "program, arguments and data"
+        )

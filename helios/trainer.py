@@ -307,13 +307,7 @@ class Trainer:
             if phase.params.is_distributed is False:  # each rank has data of its own
                 facts.pop(f"samples of phase {number}", None)
         facts.pop("samples of `train_dataloader`", None)  # likewise, perhaps
-        found = fingerprint.disagreements(session.engine.gather_objects(facts))
-        if found:
-            lines = "\n  ".join(found)
-            raise LaunchError(
-                f"the ranks do not agree:\n  {lines}\nstart all of them with the same "
-                "program, arguments and data"
-            )
+        fingerprint.check_agreement(session.engine.gather_objects(facts))
 
     def _make_schedule(self, accumulation_steps: int) -> Schedule:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Schedule)}

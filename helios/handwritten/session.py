@@ -21,7 +21,7 @@ from helios.checkpoint import CheckpointStore
 from helios.data.adopting import check_loader
 from helios.data.feed import Feed
 from helios.engine import Accelerator
-from helios.errors import DataError, LaunchError, ModelError
+from helios.errors import DataError, ModelError
 from helios.evaluation import to_the_end_of_all
 from helios.handwritten.arguments import check_arguments
 from helios.handwritten.parts import TRAIN, Held, Loaders, engine_for
@@ -372,10 +372,4 @@ class Session(session.Session):
         """Raise a LaunchError where the ranks do not run the same; all must call."""
         facts = {**vars(self.schedule), **self.identity["train_data"]}
         facts |= {"objects": sorted(self._held.objects), "loaders": self._loaders.names}
-        found = fingerprint.disagreements(self.engine.gather_objects(facts))
-        if found:
-            lines = "\n  ".join(found)
-            raise LaunchError(
-                f"the ranks do not agree:\n  {lines}\nstart all of them with the same "
-                "program, arguments and data"
-            )
+        fingerprint.check_agreement(self.engine.gather_objects(facts))
