@@ -74,7 +74,9 @@ class BackgroundWriter:
     def submit(self, job: Callable[[], None]) -> None:
         """Run ``job`` in the background, once the one in flight is done."""
         self.wait()
-        self._thread = threading.Thread(target=self._run, args=(job,))
+        self._thread = threading.Thread(
+            target=self._run, args=(job,), name="checkpoint writer"
+        )
         try:
             self._thread.start()
         except RuntimeError:  # the interpreter is ending, and starts none any more
