@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from helios import rng
 from helios.checkpoint import Encoder
@@ -20,9 +20,6 @@ from helios.data.batches import listed
 from helios.errors import CheckpointError
 from helios.session import Session
 from helios.state import EpochStage
-
-if TYPE_CHECKING:
-    from helios.trainer import Trainer
 
 KINDS = ("samples", "batch", None)
 REPLAYS = "HELIOS_REPLAY"  # the bundle that a process is to replay
@@ -35,33 +32,41 @@ _VARIABLES = (
 )
 
 
-def write_bundle(trainer: Trainer, session: Session, error: BaseException) -> None:
+class Wish(NamedTuple):
+    """What a run wants of a bundle."""
+
+    kind: str | None  # of KINDS
+    root: str | os.PathLike[str] | None  # the folder that the bundle is put into
+    run_name: str
+    parts: int = 1  # of each batch of the data
+
+
+def write_bundle(wish: Wish, session: Session, error: BaseException) -> None:
     """Write a bundle, if a batch of the training was in work and one is wanted.
 
-    It is written below the folder of the logs, or else of the checkpoints. That it
-    cannot be written is logged.
+    That it cannot be written is logged.
     """
     state, loaded, logger = session.state, session.engine.loaded, session.logger
-    root = trainer.log_root or trainer.log_path or trainer.chkpt_root
+    root = wish.root
     is_in_work = (
         loaded is not None
         and state.epoch_stage == EpochStage.OPEN
         and loaded.number >= state.dataset_iter
         and session.journal.keeps != "means"
     )
-    is_wanted = trainer.crash_bundle is not None and isinstance(error, Exception)
+    is_wanted = wish.kind is not None and isinstance(error, Exception)
     if not (is_in_work and is_wanted) or root is None or REPLAYS in os.environ:
         return
     at = f"batch_{state.global_iteration}_rank_{session.engine.rank}"
-    folder = Path(root) / f"{trainer.run_name}_crash_{at}"
+    folder = Path(root) / f"{wish.run_name}_crash_{at}"
     partial = folder.with_name(f".{folder.name}")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         text = "".join(traceback.format_exception(error))
         (partial / TRACEBACK).write_text(text, encoding="utf-8")
-        facts = _facts(trainer, session, error)
-        facts["trees"] = _write_step(trainer, session, partial)
+        facts = _facts(wish, session, error)
+        facts["trees"] = _write_step(wish, session, partial)
         facts["checkpoint"] = _link_checkpoint(session, partial)
         record = json.dumps(facts, indent=2, default=repr)
         (partial / RECORD).write_text(record, encoding="utf-8")
@@ -73,7 +78,7 @@ def write_bundle(trainer: Trainer, session: Session, error: BaseException) -> No
     logger.critical("what is known of the step: helios replay %s", folder)
 
 
-def _facts(trainer: Trainer, session: Session, error: BaseException) -> dict[str, Any]:
+def _facts(wish: Wish, session: Session, error: BaseException) -> dict[str, Any]:
     engine, state, loaded = session.engine, session.state, session.engine.loaded
     assert loaded is not None, "a batch is in work"
     indices = loaded.indices
@@ -81,9 +86,9 @@ def _facts(trainer: Trainer, session: Session, error: BaseException) -> dict[str
     return {
         "format": _FORMAT,
         "error": f"{type(error).__name__}: {error}",
-        "run_name": trainer.run_name,
+        "run_name": wish.run_name,
         "save_name": session._model.save_name,
-        "parts_of_batches": trainer._parts,
+        "parts_of_batches": wish.parts,
         "rank": engine.rank,
         "world_size": engine.world_size,
         "batch": {
@@ -106,7 +111,7 @@ def _facts(trainer: Trainer, session: Session, error: BaseException) -> dict[str
     }
 
 
-def _write_step(trainer: Trainer, session: Session, folder: Path) -> dict[str, Any]:
+def _write_step(wish: Wish, session: Session, folder: Path) -> dict[str, Any]:
     """Write the random numbers and, if wanted, the batch; the trees of what could be.
 
     After some errors a device can't be used any more, and some batches have no stored
@@ -116,7 +121,7 @@ def _write_step(trainer: Trainer, session: Session, folder: Path) -> dict[str, A
     values: dict[str, Callable[[], Any]] = {
         "rng": lambda: rng.capture_rng(session.engine.device)
     }
-    if trainer.crash_bundle == "batch" and loaded is not None:
+    if wish.kind == "batch" and loaded is not None:
         values["batch"] = lambda: loaded.data
     trees, tensors = dict[str, Any](), dict[str, Any]()
     for name, value in values.items():

@@ -12,7 +12,7 @@ import torch
 from helios.callbacks.base import Callback, overridden
 from helios.data.fetching import shape_of
 from helios.engine import Engine
-from helios.failures.bundle import write_bundle
+from helios.failures.bundle import Wish, write_bundle
 from helios.health.watch import samples_of
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import get_root_logger
@@ -65,11 +65,13 @@ def ending(trainer: Trainer, engine: Engine, silent: Sequence[Any]) -> Iterator[
     model, datamodule = trainer.model, trainer.datamodule
     session = trainer._session
     if raised is not None:
-        if is_out_of_memory(raised):
-            raised.add_note(f"Helios: {_memory_note(session)}")
+        advise(raised, session)
         note(raised)
         if session is not None and not isinstance(raised, tuple(silent)):
-            attempt(write_bundle, trainer, session, raised)
+            folder = trainer.log_root or trainer.log_path or trainer.chkpt_root
+            name, parts = trainer.run_name, trainer._parts
+            wish = Wish(trainer.crash_bundle, folder, name, parts)
+            attempt(write_bundle, wish, session, raised)
     attempt(datamodule._end)
     attempt(datamodule.teardown)
     if failures and session is not None:
@@ -112,11 +114,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(t in str(error) for t in texts)
 
 
-def _memory_note(session: Session | None) -> str:
-    loaded = None if session is None else session.engine.loaded
-    if loaded is None:
-        return _OOM_ADVICE
-    return f"the batch has the shapes {shape_of(loaded.data)}; {_OOM_ADVICE}"
+def advise(error: BaseException, session: Session | None) -> None:
+    """Add to an error of too little memory what was in work, and what to try."""
+    if is_out_of_memory(error):
+        loaded = None if session is None else session.engine.loaded
+        what = "" if loaded is None else shape_of(loaded.data)
+        what = what and f"the batch has the shapes {what}; "
+        error.add_note(f"Helios: {what}{_OOM_ADVICE}")
 
 
 @contextlib.contextmanager

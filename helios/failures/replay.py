@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from helios import rng
 from helios.callbacks.base import Callback
@@ -52,21 +52,36 @@ class _UpTo(Callback):
         session.logger.warning("REPLAYED: the step has failed again, %s", said)
 
 
+class Replay(NamedTuple):
+    """How to run a step again."""
+
+    resume: str | Path  # from where
+    callback: Callback
+    parts: int  # of each batch of the data
+
+
+def replayed(run_name: str) -> Replay | None:
+    """The replay that a run is to be, if the environment says so."""
+    if (place := os.environ.get(REPLAYS)) is None:
+        return None
+    bundle = read_bundle(Path(place))
+    if bundle["run_name"] != run_name:
+        return None
+    last = bundle["checkpoint"]
+    resume = "never" if last is None else Path(place) / last
+    return Replay(resume, _UpTo(bundle), bundle["parts_of_batches"])
+
+
 def prepare_replay(trainer: Trainer) -> None:
     """Have a run be a replay, if the environment says so; another one is left alone."""
-    if (place := os.environ.get(REPLAYS)) is None:
+    if (replay := replayed(trainer.run_name)) is None:
         return
-    bundle = read_bundle(Path(place))
-    if bundle["run_name"] != trainer.run_name:
-        return
-    trainer.resume = "never"
-    if bundle["checkpoint"] is not None:
-        trainer.resume = Path(place) / bundle["checkpoint"]
-    trainer.batch_size, trainer._parts = None, bundle["parts_of_batches"]
+    trainer.resume = replay.resume
+    trainer.batch_size, trainer._parts = None, replay.parts
     trainer.chkpt_root = trainer.log_root = trainer.log_path = trainer.run_path = None
     trainer.enable_file_logging = trainer.enable_tensorboard = False
     trainer.log_with = trainer.hang_timeout_s = None
-    trainer._hooks = [*trainer._hooks, _UpTo(bundle)]
+    trainer._hooks = [*trainer._hooks, replay.callback]
     trainer.train_exceptions = [*trainer.train_exceptions, Replayed]
 
 

@@ -42,7 +42,7 @@ def fit(
         run = Run(session, model, datamodule, was_resumed)
         run.train_step = health.around(model.train_step)
         try:
-            return run.fit()
+            is_finished = run.fit()
         except RollBack as wish:
             del run  # and its loader's workers
             in_a_row = in_a_row + 1 if wish.batches.start == end else 1
@@ -54,7 +54,10 @@ def fit(
                 ) from None
             path = _find(session, wish)
             _go_back(trainer, session, datamodule, path, wish)
-        was_resumed = True
+            was_resumed = True
+        else:
+            health.detach()
+            return is_finished
 
 
 def _find(session: Session, wish: RollBack) -> Path:

@@ -7,6 +7,7 @@ read when the copy has come. Only "skip" waits for the device, before the step.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -76,8 +77,16 @@ class Health:
     RollBack, on all ranks before anything more is saved; "skip" leaves the step out.
     """
 
-    def __init__(self, session: Session, model: Model, policy: str | None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        model: Model,
+        policy: str | None,
+        accelerator: Any = None,
+    ) -> None:
+        """Watch what ``accelerator.backward`` gets; None: the engine's ``backward``."""
         self._session, self._model, self._policy = session, model, policy
+        self._calls = accelerator or session.engine
         self._every = _WARN_EVERY if policy in ("warn", "skip") else 1
         self._values: list[Value] = []  # of the batch in work
         self._window: list[Watched] = []  # "skip": before the step
@@ -88,24 +97,26 @@ class Health:
         self._skipped_at: int | None = None
         # "skip": those of the networks, and as they were before the step.
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._undo = contextlib.ExitStack()
         if policy is not None:
             self._attach()
+
+    def detach(self) -> None:
+        """Watch no longer, and leave what was watched as it was."""
+        self._undo.close()
 
     def around(self, train_step: Step) -> Step:
         """The step of a model, watched; batches that are left out do not come to it."""
         left_out = {*self._session.reading.get(LEFT_OUT, ())}
         watched = train_step
         if self._policy is not None:
-            self._begin()
+            self.begin()
 
             def watched(batch: Any, state: TrainingState) -> None:
-                if self._buffers and state.dataset_iter % window == 0:
-                    for live, old in self._buffers:
-                        old.copy_(live)
+                self.before_batch()
                 train_step(batch, state)
-                self._after_batch()
+                self.after_batch()
 
-        window = self._session.schedule.accumulation_steps
         if not left_out:
             return watched
 
@@ -117,7 +128,7 @@ class Health:
 
         return step
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Forget what an earlier way through these batches has left."""
         self._open, self._values, self._window, self._copies = [], [], [], []
         self._found = None
@@ -131,6 +142,13 @@ class Health:
         ]
         if self._session.schedule.accumulation_steps > 1:
             self._session.reading[BUFFERS] = [old for _, old in self._buffers]
+
+    def before_batch(self) -> None:
+        """Keep what "skip" puts back; before each batch, where there is a policy."""
+        window = self._session.schedule.accumulation_steps
+        if self._buffers and self._session.state.dataset_iter % window == 0:
+            for live, old in self._buffers:
+                old.copy_(live)
 
     def settle(self) -> None:
         """Read all that is under way, and act on it; every rank must call.
@@ -159,21 +177,23 @@ class Health:
 
     def _attach(self) -> None:
         """See the losses that go into a backward, and the optimizers' gradients."""
-        engine = self._session.engine
-        backward = engine.backward
+        engine, calls = self._session.engine, self._calls
+        backward = calls.backward
 
         def watched(loss: Any, *args: Any, **kwargs: Any) -> None:
             self._values.append(("loss", loss.detach()))
             backward(loss, *args, **kwargs)
 
-        engine.backward = watched
+        calls.backward = watched
+        self._undo.callback(setattr, calls, "backward", backward)
         self._session.before_save = self.settle
         for optimizer in self._model._holdings().optimizers.values():
             if self._policy == "skip":
                 self._guard(optimizer)
             elif engine.scaler is None:  # else that looks, and skips the step
                 inner = inner_optimizer(optimizer)
-                inner.register_step_pre_hook(self._look_at_gradients)
+                hook = inner.register_step_pre_hook(self._look_at_gradients)
+                self._undo.callback(hook.remove)
 
     def _where(self) -> Where:
         state, loaded = self._session.state, self._session.engine.loaded
@@ -185,7 +205,8 @@ class Health:
             None if loaded is None else loaded.indices,
         )
 
-    def _after_batch(self) -> None:
+    def after_batch(self) -> None:
+        """Look at what it has left; after each batch, where there is a policy."""
         values, self._values = self._values, []
         for name, value in self._model._loss_items.items():
             if isinstance(value, torch.Tensor):
@@ -300,6 +321,7 @@ class Health:
             return None
 
         optimizer.step = step
+        self._undo.callback(setattr, optimizer, "step", original)
 
     def _skips(self, optimizer: Any) -> bool:
         """Whether the step in work is bad on any rank; every rank must call."""
