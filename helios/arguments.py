@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,10 +68,10 @@ def check_arguments(trainer: Trainer) -> None:
         raise ValueError(
             f"`mixed_precision` must be one of {_PRECISIONS}, got {precision!r}"
         )
-    sets = {"bad_numbers": POLICIES, "crash_bundle": KINDS, "batch_size": (AUTO, None)}
-    for name, known in sets.items():
-        if given[name] not in known:
-            raise ValueError(f"`{name}` must be one of {known}, got {given[name]!r}")
+    if trainer.batch_size not in (AUTO, None):
+        size, known = trainer.batch_size, (AUTO, None)
+        raise ValueError(f"`batch_size` must be one of {known}, got {size!r}")
+    check_faults(given, POLICIES)
     for name in ("num_processes", "accumulation_steps"):
         value = given[name]
         if value is not None and (type(value) is not int or value < 1):
@@ -78,11 +79,6 @@ def check_arguments(trainer: Trainer) -> None:
     restarts = trainer.max_restarts
     if type(restarts) is not int or restarts < 0:
         raise ValueError(f"`max_restarts` must be an int >= 0, got {restarts!r}")
-    for name in ("hang_timeout_s", "max_time_s", "stop_grace_s"):
-        value = given[name]
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (is_number and value > 0):
-            raise ValueError(f"`{name}` must be > 0 or None, got {value!r}")
     if trainer.random_seed is not None and not -(2**63) <= trainer.random_seed < 2**63:
         raise ValueError(f"`random_seed` must have 64 bits, got {trainer.random_seed}")
     if trainer.src_root is not None and not os.path.isdir(trainer.src_root):
@@ -102,6 +98,18 @@ def check_arguments(trainer: Trainer) -> None:
     if gpus is not None and not is_chosen:
         if not (gpus and set(gpus) <= set(range(count))):
             raise ValueError(f"`gpus` is {gpus}; this machine shows {count}, from 0 on")
+
+
+def check_faults(given: Mapping[str, Any], policies: tuple[str | None, ...]) -> None:
+    """Raise a ValueError on wrong arguments about faults."""
+    for name in ("hang_timeout_s", "max_time_s", "stop_grace_s"):
+        value = given[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (is_number and value > 0):
+            raise ValueError(f"`{name}` must be > 0 or None, got {value!r}")
+    for name, known in {"bad_numbers": policies, "crash_bundle": KINDS}.items():
+        if given[name] not in known:
+            raise ValueError(f"`{name}` must be one of {known}, got {given[name]!r}")
 
 
 def check_writable(root: pathlib.Path) -> None:

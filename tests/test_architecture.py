@@ -51,6 +51,7 @@ LIMITS_LINES = {
     "porting.writing": 230,
     "porting.command": 70,
     "handwritten": 580,
+    "handwritten.faults": 60,
     "data.adopting": 300,
     "checkpoint.trees": 80,
     "checkpoint.records": 100,

@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from helios.arguments import check_faults
 from helios.callbacks.base import Callback
 from helios.engine import Accelerator
+from helios.handwritten.faults import POLICIES
 from helios.handwritten.parts import TRAIN
 from helios.model import holdings
 from helios.state import check_name
@@ -32,19 +34,16 @@ def check_arguments(given: Mapping[str, Any], objects: dict[str, Any]) -> Any:
             f"trained on; got {has!r}"
         )
     for name in ("save_every", "log_every"):
-        value, words = given[name], ' or "epoch"' if name == "save_every" else ""
-        is_word = value == "epoch" and bool(words)
+        value, word = given[name], ' or "epoch"' if name == "save_every" else ""
+        is_word = value == "epoch" and bool(word)
         if not (value is None or is_word or (type(value) is int and value >= 1)):
             raise ValueError(
-                f"`{name}` must be an int >= 1, in steps,{words} or None, got {value!r}"
+                f"`{name}` must be an int >= 1, in steps,{word} or None, got {value!r}"
             )
-    seed, hang_s, callbacks = (
-        given[name] for name in ("random_seed", "hang_timeout_s", "callbacks")
-    )
+    seed, callbacks = given["random_seed"], given["callbacks"]
     if seed is not None and type(seed) is not int:
         raise TypeError(f"`random_seed` must be an int or None, got {seed!r}")
-    if hang_s is not None and not (type(hang_s) in (int, float) and hang_s > 0):
-        raise ValueError(f"`hang_timeout_s` must be > 0 or None, got {hang_s!r}")
+    check_faults(given, POLICIES)
     if not all(isinstance(callback, Callback) for callback in callbacks):
         raise TypeError(f"`callbacks` must be helios.Callback objects: {callbacks!r}")
     if "registered" in objects:

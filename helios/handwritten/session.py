@@ -23,13 +23,18 @@ from helios.data.feed import Feed
 from helios.engine import Accelerator
 from helios.errors import DataError, ModelError
 from helios.evaluation import to_the_end_of_all
+from helios.failures.bundle import Wish
+from helios.failures.replay import replayed
 from helios.handwritten.arguments import check_arguments
+from helios.handwritten.faults import failures_told
 from helios.handwritten.parts import TRAIN, Held, Loaders, engine_for
+from helios.health.watch import Health
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import text_logging
 from helios.loop import Run
 from helios.retention import KeepBest, SaveOptions
 from helios.state import Boundary, EpochStage, Schedule, TrainingUnit
+from helios.stopping.requests import Stops
 from helios.stopping.status import exit_status
 from helios.verifying.trace import traces
 from helios.watchdog import watched
@@ -93,6 +98,10 @@ class Session(session.Session):
         async_save: bool = True,
         allow_inexact: bool = False,
         hang_timeout_s: float | None = None,
+        bad_numbers: str | None = "warn",
+        crash_bundle: str | None = "samples",
+        max_time_s: float | None = None,
+        stop_grace_s: float | None = None,
         enable_tensorboard: bool = False,
         callbacks: Sequence[Callback] = (),
         **objects: Any,
@@ -103,6 +112,9 @@ class Session(session.Session):
         root, traced = traces(os.path.abspath(path))
         callbacks = [*callbacks, *traced]
         resume = "auto" if traced else resume
+        if (replay := replayed(root.name)) is not None:
+            callbacks, resume = [*callbacks, replay.callback], replay.resume
+            hang_timeout_s, enable_tensorboard = None, False
         schedule = Schedule(
             train_unit=TrainingUnit.EPOCH,
             total_steps=math.inf,
@@ -137,13 +149,14 @@ class Session(session.Session):
             },
             schedule=schedule,
             identity=identity,
-            store=CheckpointStore(root),
+            store=None if replay else CheckpointStore(root),
             options=options,
             callbacks=callbacks,
+            stops=Stops(max_time_s=max_time_s, grace_s=stop_grace_s),
         )
         model._session = self
         self.notes = model.notes
-        self._held, self._folder = model, root
+        self._held, self._folder = model, None if replay else root
         self.stops.request_save = self.request_save
         self._save_every = save_every if isinstance(save_every, int) else None
         self._hang_timeout_s = hang_timeout_s
@@ -154,8 +167,13 @@ class Session(session.Session):
         self._guards = contextlib.ExitStack()  # around the loop
         self._check_ranks()
         self._surroundings = contextlib.ExitStack()
-        log = root / f"{root.name}.log"
+        log = None if replay else root / f"{root.name}.log"
         self._surroundings.enter_context(text_logging(log, engine.rank))
+        wish = Wish(crash_bundle, root.parent, root.name)
+        self._tell = self._surroundings.enter_context(failures_told(self, wish))
+        self._health = Health(self, bad_numbers, accelerator)
+        self._surroundings.callback(self._health.detach)
+        self._watches_numbers = bad_numbers is not None
         atexit.register(self.close)
         try:
             self._was_resumed = self.restore(resume, allow_inexact=allow_inexact)
@@ -183,10 +201,9 @@ class Session(session.Session):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and not isinstance(error, RunStopped):
-            self.logger.critical("rank %d failed", self.engine.rank, exc_info=error)
-            for hook in overridden(self.callbacks, Callback.on_exception):
-                hook(self, error)
+        if error is not None:
+            self._tell(error)
+        self._train = None  # which ends it now, and not with the interpreter
         self.close()
 
     def epochs(self, total: int | None = None) -> Iterator[int]:
@@ -219,6 +236,8 @@ class Session(session.Session):
         guards, state = self._guards, self.state
         guards.enter_context(self.stops.joined(self.engine, self._folder))
         guards.enter_context(watched(self, self._hang_timeout_s))
+        if self._watches_numbers:
+            self._health.begin()
         with guards:
             if state.epoch_stage == EpochStage.CLOSED:
                 self._meet(next(self._events))
@@ -276,7 +295,7 @@ class Session(session.Session):
     def _train_batches(self, run: Run) -> Iterator[Any]:
         loader, state = self._loaders.open(TRAIN), self.state
         accelerator, window = self.engine.accelerator, self.schedule.accumulation_steps
-        count = loader.batches_per_epoch
+        count, watches = loader.batches_per_epoch, self._watches_numbers
         with loader.reported():
             while True:
                 boundary = next(self._events)
@@ -289,7 +308,12 @@ class Session(session.Session):
                         is_step and not ends_window
                     )
                     accelerator.step = done % window
-                    yield run.batch
+                    if watches:
+                        self._health.before_batch()
+                        yield run.batch
+                        self._health.after_batch()
+                    else:
+                        yield run.batch
                     continue
                 self._meet(boundary)
                 if state.epoch_stage == EpochStage.COMPLETE:

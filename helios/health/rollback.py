@@ -36,7 +36,7 @@ def fit(
         BadNumbersError: there is no checkpoint to go back to, or going back does not
             help.
     """
-    health = Health(session, model, trainer.bad_numbers)
+    health = Health(session, trainer.bad_numbers)
     in_a_row, end = 0, -1
     while True:
         run = Run(session, model, datamodule, was_resumed)

@@ -19,7 +19,6 @@ import torch
 from helios.data.batches import listed
 from helios.engine import inner_optimizer
 from helios.errors import BadNumbersError
-from helios.model.model import Model
 from helios.session import Session
 from helios.sharding import is_sharded
 from helios.state import TrainingState
@@ -78,14 +77,10 @@ class Health:
     """
 
     def __init__(
-        self,
-        session: Session,
-        model: Model,
-        policy: str | None,
-        accelerator: Any = None,
+        self, session: Session, policy: str | None, accelerator: Any = None
     ) -> None:
         """Watch what ``accelerator.backward`` gets; None: the engine's ``backward``."""
-        self._session, self._model, self._policy = session, model, policy
+        self._session, self._model, self._policy = session, session._model, policy
         self._calls = accelerator or session.engine
         self._every = _WARN_EVERY if policy in ("warn", "skip") else 1
         self._values: list[Value] = []  # of the batch in work

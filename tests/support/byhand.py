@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import random
 
 import numpy as np
@@ -40,6 +41,7 @@ class ByHand:
     is_prepared: bool = True
     is_seedable: bool = True
     rank: int = 0  # which is to stop
+    spoiled: tuple = ()  # batches, counted from 0, whose inputs are NaN
     options: dict = dataclasses.field(default_factory=dict)
 
     def make(self):
@@ -137,6 +139,8 @@ class ByHand:
             module.train()
         for ids, inputs, targets in session.batches("train"):
             self.ids.append(ids.tolist())
+            if session.state.global_iteration in self.spoiled:
+                inputs = inputs * math.nan
             with session.accumulate():
                 loss = self.loss(inputs, targets)
                 self.accelerator.backward(loss)
