@@ -41,7 +41,7 @@ class ByHand:
     is_prepared: bool = True
     is_seedable: bool = True
     rank: int = 0  # which is to stop
-    spoiled: tuple = ()  # batches, counted from 0, whose inputs are NaN
+    spoiled: tuple = ()  # its batches, counted from 0, whose inputs are NaN
     options: dict = dataclasses.field(default_factory=dict)
 
     def make(self):
@@ -139,7 +139,8 @@ class ByHand:
             module.train()
         for ids, inputs, targets in session.batches("train"):
             self.ids.append(ids.tolist())
-            if session.state.global_iteration in self.spoiled:
+            is_mine = self.accelerator.process_index == self.rank
+            if is_mine and session.state.global_iteration in self.spoiled:
                 inputs = inputs * math.nan
             with session.accumulate():
                 loss = self.loss(inputs, targets)
