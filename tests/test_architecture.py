@@ -40,7 +40,7 @@ LIMITS_LINES = {
     "health": 420,
     "failures": 420,
     "verifying": 450,
-    "sizing": 110,
+    "sizing": 140,
     "stopping": 470,
     "evaluation": 120,
     "cli": 400,

@@ -1,6 +1,6 @@
 """A batch size that is found before the run, by trying."""
 
-import pathlib
+import json
 
 import pytest
 import torch
@@ -114,28 +114,64 @@ def test_other_sizes_are_the_datas_to_say(value):
 
 
 SCRIPT = """
+import json
 import os
 import pathlib
+import sys
 import torch
 import helios
-from support import IdModel, IndexData
 from helios.errors import LaunchError
+from support import IdModel, IndexData, digest
 
+torch.set_num_threads(1)
+rank, rooms = int(os.environ["RANK"]), json.loads(sys.argv[1])
+
+class Large(IdModel):
+    def setup(self, for_inference=False):
+        super().setup(for_inference)
+        self.net.register_buffer("shared", torch.zeros(1))  # with each forward
+        self.batches.clear()  # those of trials
+    def train_step(self, batch, state):
+        if len(batch) > rooms[rank]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
+        super().train_step(batch, state)
+
+model = Large()
+trainer = helios.Trainer(
+    use_cpu=True, total_steps=2, batch_size=sys.argv[2] or None, chkpt_root="runs",
+    accumulation_steps=int(sys.argv[4]),
+)
 try:
-    helios.Trainer(use_cpu=True, total_steps=1, batch_size="auto").fit(
-        IdModel(), IndexData(8, batch_size=2)
-    )
+    trainer.fit(model, IndexData(32, batch_size=int(sys.argv[3]), shuffle=True))
+    report = [digest(model.net.state_dict()), model.batches]
 except LaunchError as error:
-    pathlib.Path(f"refused_{os.environ['RANK']}").write_text(str(error))
+    report = str(error)
+pathlib.Path(f"report_{rank}.json").write_text(json.dumps(report))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
 
-def test_several_ranks_are_refused(tmp_path):
-    script = pathlib.Path(tmp_path) / "script.py"
+def on_ranks(folder, rooms, batch_size, size, steps=1):
+    folder.mkdir()
+    script = folder / "script.py"
     script.write_text(SCRIPT)
-    run_ranks(script, 2, cwd=tmp_path)
-    told = [(tmp_path / f"refused_{rank}").read_text() for rank in range(2)]
+    run_ranks(
+        script, len(rooms), json.dumps(rooms), batch_size, size, steps, cwd=folder
+    )
+    paths = [folder / f"report_{rank}.json" for rank in range(len(rooms))]
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def test_size_that_fits_each_of_several_ranks_is_taken(tmp_path):
+    first, second = on_ranks(tmp_path / "found", [100, 5], "auto", 8)
+    assert {len(batch) for batch in [*first[1], *second[1]]} == {4}
+    assert first[0] == second[0]
+    given = on_ranks(tmp_path / "given", [100, 100], "", 4, 2)
+    assert [first, second] == given
+
+
+def test_ranks_that_have_no_room_for_any_batch_are_told(tmp_path):
+    told = on_ranks(tmp_path / "none", [100, 0], "auto", 4)
     assert told[0] == told[1]
-    assert told[0].startswith('`batch_size` is "auto", and there are 2 ranks')
+    assert "no part of the batch of 4 fits" in told[0]
