@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from helios.loggers.text import get_root_logger
 from helios.stopping.ranks import STARTER, STARTER_FOLDER, STOPPED
-from helios.stopping.status import EXIT_STOPPED
+from helios.stopping.status import EXIT_STOPPED, end_soon
 
 _POLITE = {0, *(128 + s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))}
 
@@ -68,6 +68,7 @@ def run_ranks(config: Any, program: Any, *arguments: str) -> NoReturn:
         except SignalException as error:
             code = 128 + error.sigval
         is_stopped = code in _POLITE and os.path.exists(os.path.join(folder, STOPPED))
+    end_soon()
     raise SystemExit(EXIT_STOPPED if is_stopped else code)
 
 

@@ -1,7 +1,11 @@
-"""Exit statuses: what a scheduler goes by."""
+"""The end of a process: its status, which a scheduler goes by, and its length."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
+import io
 import os
 
 from helios.stopping.ranks import STOPPED, starter_folder
@@ -11,6 +15,8 @@ from helios.stopping.ranks import STOPPED, starter_folder
 EXIT_STOPPED = 75
 #: A second SIGINT has ended it, as a shell would say.
 EXIT_INTERRUPTED = 130
+
+_is_to_end_soon = False
 
 
 def exit_status() -> int:
@@ -24,3 +30,23 @@ def exit_status() -> int:
         return 0
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     return EXIT_STOPPED if restarts == "0" else 0
+
+
+def end_soon() -> None:
+    """Have this process, once it ends, not look for garbage.
+
+    Python does several times, and all that torch consists of makes that a second.
+    """
+    global _is_to_end_soon
+    _is_to_end_soon = True
+
+
+@atexit.register  # as Helios is imported: after what the program registers
+def _freeze() -> None:
+    if _is_to_end_soon:
+        for each in gc.get_objects():
+            # Files that nobody has closed, and only garbage holds, come to it here.
+            if issubclass(type(each), io.IOBase):
+                with contextlib.suppress(OSError, ValueError):
+                    each.flush()
+        gc.freeze()
