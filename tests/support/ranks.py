@@ -1,9 +1,34 @@
-"""Several gloo ranks on this machine, started by torchrun on a free port."""
+"""Several gloo ranks on this machine, which meet at a port that the system chooses."""
 
+import atexit
+import functools
+import json
 import os
+import pathlib
+import select
 import signal
 import subprocess
 import sys
+import tempfile
+
+_TESTS = pathlib.Path(__file__).resolve().parents[1]
+_START_S = 100  # a nursery's imports
+
+
+@functools.cache
+def _nursery(tests_pid):
+    """What forks ranks (see `nursery.py`): one for each process of tests."""
+    path = os.pathsep.join([str(_TESTS.parent), str(_TESTS)])
+    nursery = subprocess.Popen(
+        [sys.executable, _TESTS / "support" / "nursery.py"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    )
+    atexit.register(nursery.stdin.close)
+    return nursery
 
 
 def run_ranks(script, ranks, *args, cwd, timeout_s=120):
@@ -11,27 +36,33 @@ def run_ranks(script, ranks, *args, cwd, timeout_s=120):
 
     The script may import ``support`` and must use ``use_cpu=True``.
     """
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), str(script), *map(str, args)),
-    ]
-    tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join([os.path.dirname(tests), tests])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=cwd,
-        env=env,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(f"no end after {timeout_s} s:\n{output}") from None
-    assert process.returncode == 0, output
-    return output
+    nursery = _nursery(os.getpid())
+    path = os.pathsep.join([str(_TESTS.parent), str(_TESTS)])
+    with tempfile.NamedTemporaryFile("r") as output:
+        request = {
+            "script": str(script),
+            "ranks": ranks,
+            "arguments": [str(each) for each in args],
+            "cwd": str(cwd),
+            "environment": {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            "output": output.name,
+        }
+        print(json.dumps(request), file=nursery.stdin, flush=True)
+        leader = int(_line(nursery, _START_S))
+        try:
+            status = int(_line(nursery, timeout_s))
+        except TimeoutError:
+            os.killpg(leader, signal.SIGKILL)
+            _line(nursery, _START_S)
+            raise AssertionError(
+                f"no end after {timeout_s} s:\n{output.read()}"
+            ) from None
+        said = output.read()
+    assert status == 0, said
+    return said
+
+
+def _line(nursery, timeout_s):
+    if not select.select([nursery.stdout], [], [], timeout_s)[0]:
+        raise TimeoutError
+    return nursery.stdout.readline()
