@@ -15,12 +15,13 @@ from helios.checkpoint import CheckpointStore, find_last_checkpoint, read_checkp
 from helios.cli import main
 
 SCRIPT = pathlib.Path(__file__).with_name("sharded_script.py")
+BY_HAND = pathlib.Path(__file__).with_name("sharded_session_script.py")
 
 
-def run(folder, ranks, *runs, **options):
+def run(folder, ranks, *runs, script=SCRIPT, **options):
     """What came of each run, by rank: `run(...)[rank][number]`."""
     arguments = folder, json.dumps(runs), json.dumps(options)
-    run_ranks(SCRIPT, ranks, *arguments, cwd=folder)
+    run_ranks(script, ranks, *arguments, cwd=folder)
     return [
         json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)
     ]
@@ -50,6 +51,21 @@ def test_sharded_run_stopped_anywhere_ends_the_same(
             assert not stopped["finished"]
             assert resumed["finished"]
             assert resumed["weights"] == whole["weights"]
+
+
+@pytest.mark.parametrize(("ranks", "window"), [(2, 1), (3, 2)])
+def test_sharded_loop_by_hand_stopped_anywhere_ends_the_same(tmp_path, ranks, window):
+    stops = [0, 2, 6, 8] if ranks == 2 else [0, 1, 4, 6]
+    runs = [("whole", None), *((f"{at}", stop) for at in stops for stop in (at, None))]
+    for found in run(
+        tmp_path, ranks, *runs, gradient_accumulation_steps=window, script=BY_HAND
+    ):
+        whole, *others = found
+        assert whole["type"] == "DTensor"
+        assert whole["finished"]
+        for stopped, resumed in zip(others[::2], others[1::2], strict=True):
+            assert not stopped["finished"]
+            assert resumed == whole
 
 
 @pytest.fixture(scope="module")
