@@ -177,4 +177,7 @@ def engine_for(found: holdings.Holdings, accelerator: Accelerator) -> Engine:
             '`accelerator` has `mixed_precision="fp16"` on the CPU, where Accelerate '
             'prepares for float32; use "bf16" or "no", or pass what is not prepared'
         )
-    return Engine(accelerator=accelerator)
+    engine = Engine(accelerator=accelerator)
+    if engine.is_sharded:  # for `accumulate`: see the engine's `batch`
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    return engine

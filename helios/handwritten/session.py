@@ -310,10 +310,9 @@ class Session(session.Session):
                     accelerator.step = done % window
                     if watches:
                         self._health.before_batch()
-                        yield run.batch
+                    yield run.batch
+                    if watches:
                         self._health.after_batch()
-                    else:
-                        yield run.batch
                     continue
                 self._meet(boundary)
                 if state.epoch_stage == EpochStage.COMPLETE:

@@ -31,7 +31,7 @@ def train(root, accelerator, stop_at):
         for _ in session.epochs(2):
             net.train()
             for _, inputs, targets in session.batches():
-                with session.accumulate():
+                with accelerator.accumulate(net):
                     loss = (net(inputs) - targets).square().mean()
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
