@@ -22,7 +22,8 @@ FILE_LIMIT_LINES = 400
 # their own, that tests have, too.
 # Porting reads other programs' text, and needs nothing of the library. Loops by hand
 # are for who has one: the Trainer needs neither those, nor loaders that were not made
-# for Helios, nor trees without a run. A longer name counts before a shorter one.
+# for Helios, nor trees without a run; nor batches in blocks, which are Accelerate's.
+# A longer name counts before a shorter one.
 LIMITS_LINES = {
     "library": 3000,
     "data": 2400,
@@ -53,6 +54,7 @@ LIMITS_LINES = {
     "handwritten": 580,
     "handwritten.faults": 60,
     "data.adopting": 300,
+    "data.dealing": 30,
     "checkpoint.trees": 80,
     "checkpoint.records": 100,
 }
@@ -89,6 +91,7 @@ LAYERS = {
     "data.parts": 1,
     "data.streams": 1,
     "data.requests": 1,
+    "data.dealing": 1,
     "data.params": 1,
     "data.loader": 1,
     "data.feed": 1,

@@ -19,10 +19,11 @@ from torch.utils.data import (
 
 from helios import rng
 from helios.data import fetching, loader
-from helios.data.batches import Plan, SampleBatches
+from helios.data.batches import Loaded, Plan, SampleBatches
 from helios.data.feed import Feed
 from helios.data.packages import is_of_datasets, is_stream
 from helios.data.params import DataLoaderParams
+from helios.data.streams import StreamedDataset
 from helios.errors import DataError, ResumeError
 
 _SETTINGS = ("num_workers", "pin_memory", "pin_memory_device", "persistent_workers")
@@ -99,7 +100,7 @@ class AdoptedLoader(loader.ResumableDataLoader):
         with self.reported():
             while feed.peek():
                 loaded = feed.take()
-                self.end_of_dataloader = feed.ends_with(loaded)
+                self.mark(loaded, feed)
                 done, cursor = done + 1, loaded.cursor
                 self._at = (epoch, done, cursor)
                 yield loaded.data
@@ -124,6 +125,15 @@ class AdoptedLoader(loader.ResumableDataLoader):
         finally:
             if self.gradient_state is not None:
                 self.gradient_state._remove_dataloader(self)
+
+    def mark(self, loaded: Loaded, feed: Feed) -> None:
+        """Tell Accelerate whether a batch is the last one, and how many samples it has.
+
+        Those of a stream are known only now.
+        """
+        self.end_of_dataloader = feed.ends_with(loaded)
+        if loaded.total is not None:
+            self.remainder = loaded.total
 
     def _place(self, batch: Any) -> Any:
         if self.device is None:
@@ -305,8 +315,10 @@ def _of_samples(dataloader: Any, name: str) -> dict[str, Any]:
 def _as_accelerate_deals(
     found: loader.ResumableDataLoader, params: DataLoaderParams
 ) -> AdoptedLoader:
-    """The same loader, an `AdoptedLoader`, and with `EvenBatches`."""
+    """The same loader, an `AdoptedLoader`, and with `EvenBatches` or blocks."""
     plan = found.plan
+    if isinstance(found.dataset, StreamedDataset):
+        found.dataset.settings = found.dataset.settings._replace(in_blocks=True)
     if type(plan) is SampleBatches:
         plan = EvenBatches(
             plan.sampler,

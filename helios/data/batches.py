@@ -41,6 +41,7 @@ class Loaded(NamedTuple):
     rows: int  # samples, padding included
     real: int  # how many are no padding; the padded ones come last
     is_full: bool  # whether all ranks have as many rows, none of them padded
+    total: int | None = None  # samples of all ranks, of a stream that is read whole
     cursor: Any = None  # with this batch finished, what `seek` needs beside its number
 
 
@@ -140,7 +141,8 @@ class RankBatches(Plan):
 
     def receive(self, answers: Iterator[tuple[KeyedBatch, Any]]) -> Iterator[Loaded]:
         for (_, _, number, indices, real, is_full, cursor), data in answers:
-            yield Loaded(data, number, indices, len(indices), real, is_full, cursor)
+            rows = len(indices)
+            yield Loaded(data, number, indices, rows, real, is_full, cursor=cursor)
 
     def describe(self, request: KeyedBatch) -> str:
         indices = shorten(listed(request.indices))

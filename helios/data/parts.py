@@ -36,7 +36,7 @@ class StreamAnswer(NamedTuple):
     data: Any
     rows: int  # 0: the end
     real: int  # how many rows are no padding
-    is_full: bool  # whether all ranks have as many rows, none of them padded
+    total: int | None  # samples of all ranks, where one knows
     kind: str
     part: Part
 
@@ -49,3 +49,4 @@ class StreamSettings(NamedTuple):
     streams: int  # of each rank, if it is read in shards
     rank: int
     world_size: int
+    in_blocks: bool = False  # how ranks share batches of the whole: see `Deal`

@@ -88,10 +88,10 @@ class StreamRequests(Plan):
             self._turn += 1
             if answer.rows:
                 number, self._number = self._number, self._number + 1
-                real, is_full = answer.real, answer.is_full
-                is_full |= self.settings.world_size == 1
-                loaded = Loaded(answer.data, number, None, answer.rows, real, is_full)
-                yield loaded._replace(cursor=self._cursor())
+                rows, ranks = answer.rows, self.settings.world_size
+                is_full = ranks == 1 or answer.total == rows * ranks
+                loaded = Loaded(answer.data, number, None, rows, answer.real, is_full)
+                yield loaded._replace(cursor=self._cursor(), total=answer.total)
                 continue
             ended.add(stream)
             if answer.kind == "whole" or len(ended) == len(self._parts):

@@ -6,8 +6,8 @@ An iterable data set is read in one of two ways, as its first sample shows:
   are W times S streams for W ranks; S is the number of workers that the run began with,
   and stays, so that other workers read the same later.
 * "whole": it did not, and gives all samples to each. Global batch b is its samples
-  [b*W*B, (b+1)*W*B), and rank r has every W-th of them, from the r-th on; what belongs
-  to other workers and ranks is read and dropped.
+  [b*W*B, (b+1)*W*B), and rank r has every W-th of them, from the r-th on, or block r;
+  what belongs to other workers and ranks is read and dropped.
 
 The random numbers of a sample depend on (seed, epoch, stream, position).
 """
@@ -23,6 +23,7 @@ from typing import Any
 from torch.utils import data
 from torch.utils.data._utils import worker as torch_worker
 
+from helios.data.dealing import Deal
 from helios.data.fetching import sendable, shape_of
 from helios.data.packages import (
     computes_ahead,
@@ -152,7 +153,7 @@ class _Stream:
         self._key, self._epoch = request.key, request.epoch
         self._part = request.start or Part()
         self._iterator: Any = None
-        self._last = self._start = None
+        self._start = None
         self._is_begun_twice = False
         self._is_watched = computes_ahead(dataset)
         self._number = shard * settings.world_size + settings.rank
@@ -179,16 +180,16 @@ class _Stream:
     ) -> StreamAnswer:
         """The batch of a turn, or the end."""
         if self._part.is_done:
-            return StreamAnswer(None, 0, 0, False, self.kind or "whole", self._part)
+            return StreamAnswer(None, 0, 0, None, self.kind or "whole", self._part)
         if self._iterator is None:
             self._begin(self._part)
         began_s = time.perf_counter()
-        items, real, is_full = self._read(request.turn)
+        items, real, count = self._read(request.turn)
         collated = self._collate(items, request.turn, collate_fn) if items else None
         seconds = self._part.seconds + time.perf_counter() - began_s
         self._part = self._part._replace(seconds=seconds, states=self._saved())
         kind = self.kind or "whole"
-        return StreamAnswer(collated, len(items), real, is_full, kind, self._part)
+        return StreamAnswer(collated, len(items), real, count, kind, self._part)
 
     def _begin(self, part: Part) -> None:
         """Make the iterator, and bring it to where the part is."""
@@ -277,37 +278,31 @@ class _Stream:
                 raise DataError("StopIteration in collating samples") from error
             raise
 
-    def _read(self, turn: int) -> tuple[list[Any], int, bool]:
-        """The samples of a turn, with padding; how many are real; is it a full one."""
+    def _read(self, turn: int) -> tuple[list[Any], int, int | None]:
+        """The samples of a turn, with padding; how many are real; and of all ranks."""
         size, ranks = self._settings.batch_size, self._settings.world_size
         items: list[Any] = []
         first = self._next()  # it also shows the kind
         if first is _END:
-            return [], 0, False
+            return [], 0, None
         if self.kind == "shards":
             items.append(first[0])
             while len(items) < size and (item := self._next()) is not _END:
                 items.append(item[0])
             is_short = len(items) < size
             if is_short and self._settings.drop_last:
-                return [], 0, False
-            return items, len(items), False
+                return [], 0, None
+            return items, len(items), None
         whole = size * ranks
-        end, count, item = (turn + 1) * whole, 0, first
+        end, item, deal = (turn + 1) * whole, first, Deal(self._settings)
         while item is not _END:
-            at = self._part.position - 1
-            if at >= turn * whole:
-                count += 1
-                if at % whole % ranks == self._settings.rank:
-                    items.append(item[0])
-            self._last = item[0]
+            if self._part.position > turn * whole:
+                deal.show(item[0])
             item = self._next() if self._part.position < end else _END
+        count = deal.count
         if count < whole and (self._settings.drop_last or count == 0):
-            return [], 0, False
-        real = len(items)
-        if real < -(-count // ranks):  # the last sample of all stands in
-            items.append(self._last)
-        return items, real, count % ranks == 0
+            return [], 0, None
+        return *deal.end(), count
 
     def _next(self) -> Any:
         """The next sample, as a tuple of one, under its own random numbers."""

@@ -334,7 +334,7 @@ class Session(session.Session):
         try:
             with loader.reported():
                 for loaded in to_the_end_of_all(engine, loader, feed):
-                    loader.end_of_dataloader = feed.ends_with(loaded)
+                    loader.mark(loaded, feed)
                     engine.loaded = loaded
                     self.beats += 1
                     yield loaded.data

@@ -8,7 +8,7 @@ import sys
 import torch
 from support import ByHand, Stop
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import helios
 from helios.errors import LaunchError, ModelError
@@ -53,6 +53,23 @@ try:
     )
 except LaunchError as error:
     report["refusals"].append(str(error))
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(torch.arange(7))
+
+
+session = helios.Session(
+    loop.accelerator,
+    folder / "counted",
+    loaders={"train": DataLoader(range(8)), "stream": DataLoader(Stream(), 2)},
+    net=net,
+    optimizer=optimizer,
+)
+gather = loop.accelerator.gather_for_metrics
+report["counted"] = [gather(batch).tolist() for batch in session.batches("stream")]
+session.close()
 (folder / f"rank_{rank}.json").write_text(json.dumps(report))
 torch.distributed.barrier()  # ranks leave together
 torch.distributed.destroy_process_group()

@@ -72,6 +72,11 @@ def test_step_whose_numbers_are_bad_on_one_rank_is_skipped_on_all(tmp_path):
     assert '"skipped_steps": 1' in record
 
 
+def test_accelerate_counts_each_sample_of_a_stream_once(whole):
+    for report in whole:
+        assert report["counted"] == [[0, 1, 2, 3], [4, 5, 6]]
+
+
 def test_what_ranks_would_train_each_by_itself_is_refused(whole):
     for report in whole:
         first, second, third = report["refusals"]

@@ -359,7 +359,7 @@ def test_requests_say_all_that_a_worker_and_the_loop_need():
     assert batches.describe(request) == text
     loaded = list(batches.receive(iter([(request, "data")])))
     assert [one[:2] for one in loaded] == [("data", 0)]
-    assert loaded[0][3:] == (12, 12, True, None)
+    assert loaded[0][3:] == (12, 12, True, None, None)
 
 
 def test_short_last_batch_that_the_ranks_can_share_is_full():
