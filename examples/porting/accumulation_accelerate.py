@@ -56,6 +56,7 @@ def main(args):
         accelerator.print(f"epoch {epoch}: off by {10 * torch.cat(errors).mean():.2f}")
 
     accelerator.save_model(model, f"{args.folder}/final")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

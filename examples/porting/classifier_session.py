@@ -62,6 +62,7 @@ def main(args):
         accelerator.print(f"epoch {epoch}: accuracy {correct / len(valid):.3f}")
 
     accelerator.save_model(model, f"{args.folder}/final")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
