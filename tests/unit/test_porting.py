@@ -17,6 +17,7 @@ from helios.porting import TRAPS, USES, read_script
 from helios.porting.writing import write_port
 
 ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/porting.md"
 SCRIPTS = {p.stem: p for p in (ROOT / "tests/fixtures/accelerate_scripts").glob("*.py")}
 HEAD = """\
 import random
@@ -416,15 +417,35 @@ def test_every_use_is_reported_with_its_counterpart(name):
     assert [(f.line, f.kind, f.message) for f in found] == [(3, "use", USES[name])]
 
 
+def check_names(text):
+    """Assert that the names of Helios in a text exist."""
+    members = {
+        r"(?:self|Model|DataModule)": {*dir(helios.Model), *dir(helios.DataModule)},
+        "Callback": {*dir(helios.Callback)},
+        "Trainer": {*dir(helios.Trainer)},
+    }
+    for owner, known in members.items():
+        assert set(re.findall(rf"\b{owner}\.(\w+)", text)) <= known, text
+    for kind in helios.Trainer, helios.DataLoaderParams, helios.KeepBest:
+        known = {field.name for field in dataclasses.fields(kind)}
+        for arguments in re.findall(rf"\b{kind.__name__}\(([^()]*)", text):
+            assert set(re.findall(r"(\w+)=", arguments)) <= known, text
+
+
 def test_counterparts_exist():
-    model = {*dir(helios.Model), *dir(helios.DataModule)}
-    trainer = {field.name for field in dataclasses.fields(helios.Trainer)}
-    remedies = [trap["remedy"] for trap in TRAPS.values()]
-    for text in [*USES.values(), *remedies]:
-        assert set(re.findall(r"(?:self|Model|DataModule)\.(\w+)", text)) <= model, text
-        assert set(re.findall(r"Callback\.(\w+)", text)) <= {*dir(helios.Callback)}
-        for arguments in re.findall(r"Trainer\(([^()]*)", text):
-            assert set(re.findall(r"(\w+)=", arguments)) <= trainer, text
+    for text in [*USES.values(), *(trap["remedy"] for trap in TRAPS.values())]:
+        check_names(text)
+
+
+def test_what_the_page_tells_users_of_other_trainers_exists():
+    _, _, section = PAGE.read_text().partition("\n## From other trainers\n")
+    parts = section.split("\n### ")
+    assert len(parts) == 4
+    for part in parts:
+        rows = [line for line in part.splitlines() if line.startswith("| `")]
+        assert part is parts[0] or len(rows) > 12
+        for line in rows or [part]:
+            check_names(line.rpartition(" | ")[2])
 
 
 def test_an_unknown_member_has_no_counterpart():
@@ -526,7 +547,7 @@ def test_porting_imports_neither_torch_nor_accelerate():
 
 
 def test_the_page_has_the_traps_and_names_that_are_known():
-    page = (ROOT / "docs/porting.md").read_text()
+    page, _, _ = PAGE.read_text().partition("\n## From other trainers\n")
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
     assert sorted(named) == sorted([*USES, *TRAPS])
