@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+_TRAINING = 'session.batches("train")'
 _READERS = {"enumerate", "tqdm", "skip_first_batches", "trange"}
 _REPLACED = {"save_state", "load_state", "register_for_checkpointing"}
 _SUFFIXES = ("_dataloader", "_data_loader", "_loader", "_dl", "dataloader", "loader")
@@ -189,9 +190,15 @@ class _Writer:
         self._replace(over, f"session.epochs({self._source(total)})")
 
     def _edit_loop(self, node: ast.For, batches: str) -> None:
-        found = self._skipped(node.iter) or _loader_of(node.iter)
+        over = node.iter
+        found = self._skipped(over) or _loader_of(over)
         assert found is not None
         self._replace(found, batches)
+        if isinstance(over, ast.Call) and _name(over.func) == "enumerate":
+            if batches == _TRAINING and len(over.args) + len(over.keywords) == 1:
+                last = over.args[0]
+                end = self._offset(last.end_lineno or 0, last.end_col_offset or 0)
+                self._edits.append(_Edit(end, end, ", session.state.dataset_iter"))
 
     def _skipped(self, node: ast.expr) -> ast.expr | None:
         """A call of `skip_first_batches`, which has nothing to skip any more."""

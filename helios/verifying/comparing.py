@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 _SHOWN = 5
+_RNGS = "rank.rng."
 
 
 @dataclasses.dataclass
@@ -69,8 +70,8 @@ _RNG = Kind(
     "of a session",
 )
 _UNSAVED = (
-    "the step depends on something that is not saved, such as an attribute or a global "
-    "that training changes"
+    "the step depends on something that is not saved, such as an attribute, a global "
+    "or a count (that of `enumerate`, for instance) that training changes"
 )
 _SAVE = (
     "return it from `user_state_dict` (or put it in a session's notes), or give it "
@@ -94,21 +95,14 @@ class Difference:
     where: str
     details: list[str] = dataclasses.field(default_factory=list)
 
-    @property
-    def cause(self) -> str:
-        return self.kind.cause
-
-    @property
-    def cure(self) -> str:
-        return self.kind.cure
-
 
 def first_difference(one: Run, other: Run, rank: int) -> Difference | None:
     """The first difference of two traces of a rank, if there is one."""
+    drawn = (*_drawn_from(one), *_drawn_from(other))
     for number in sorted(one.batches.keys() & other.batches.keys()):
         pair = one.batches[number], other.batches[number]
         at = f"batch {number} (epoch {pair[0]['epoch']}, step {pair[0]['step']})"
-        if (found := _of_batches(*pair)) is not None:
+        if (found := _of_batches(*pair, drawn)) is not None:
             kind, details = found
             details += _attributes(*pair)
             return Difference(kind, rank, number, at, details)
@@ -126,14 +120,27 @@ def first_difference(one: Run, other: Run, rank: int) -> Difference | None:
     return None
 
 
+def _drawn_from(run: Run) -> set[str]:
+    """The generators whose state changes in a run: that of others is of no matter."""
+    drawn, first = set[str](), dict[str, str]()
+    for batch in run.batches.values():
+        for name, state in batch["values"].items():
+            if name.startswith(_RNGS) and first.setdefault(name, state) != state:
+                drawn.add(".".join(name.split(".")[:3]))
+    return drawn
+
+
 def _of_batches(
-    one: Mapping[str, Any], other: Mapping[str, Any]
+    one: Mapping[str, Any], other: Mapping[str, Any], drawn: tuple[str, ...]
 ) -> tuple[Kind, list[str]] | None:
     if one["samples"] != other["samples"]:
         return _ORDER, [f"{one['samples']}", f"{other['samples']}"]
     if one["data"] != other["data"]:
         return _DATA, [f"samples {one['samples']}"] if one["samples"] else []
-    values = one["values"], other["values"]
+    values = [
+        {k: v for k, v in d["values"].items() if _RNGS not in k or k.startswith(drawn)}
+        for d in (one, other)
+    ]
     for kind in _KINDS:
         mine = [
             {k: v for k, v in d.items() if k.startswith(kind.prefixes)} for d in values
@@ -160,7 +167,7 @@ def _changed(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[str]:
 
 def explain(difference: Difference, is_repeatable: bool, is_cuda: bool) -> list[str]:
     """What to say of a difference; not repeatable: two runs without a stop differ."""
-    cause, cure = difference.cause, difference.cure
+    cause, cure = difference.kind.cause, difference.kind.cure
     if not is_repeatable:
         if difference.kind in (_ORDER, _DATA):
             cause = "a generator without a seed, or what changes with time"

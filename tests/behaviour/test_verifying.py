@@ -7,6 +7,7 @@ import pytest
 from click.testing import CliRunner
 
 from helios.cli import main
+from helios.verifying.comparing import Run, first_difference
 
 SCRIPT = pathlib.Path(__file__).with_name("verified_script.py")
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -42,6 +43,22 @@ def test_attribute_that_is_not_saved_is_named(monkeypatch, tmp_path):
     assert "not saved: `self.seen`: 5, then 1" in output
     assert "likely cause: the step depends on something that is not saved" in output
     assert "also without a stop" not in output
+
+
+def trace(*states):
+    """Of a run with a generator that is in these states after its batches."""
+    same = {"epoch": 0, "step": 1, "samples": None, "data": None, "attributes": {}}
+    values = [{"rank.rng.python.0": "3", "rank.rng.python.1": s} for s in states]
+    return Run({n: {**same, "values": v} for n, v in enumerate(values, 1)})
+
+
+def test_generator_from_which_nobody_draws_is_of_no_matter():
+    # Nobody has seeded it, so that its state is another one in each run.
+    assert first_difference(trace("a", "a"), trace("b", "b"), 0) is None
+    for other in trace("b", "c"), trace("b", "b"):
+        found = first_difference(trace("a", "d"), other, 0)
+        assert (found.kind.name, found.batch) == ("random numbers", 1)
+    assert first_difference(trace("a", "a"), trace("a", "c"), 0).batch == 2
 
 
 KINDS = [

@@ -583,7 +583,9 @@ def test_first_version_of_a_port_is_the_script_with_a_session():
             ")\n"
             "for epoch in session.epochs(9):\n"
         ),
-        "tqdm(train_loader)": 'tqdm(session.batches("train"))',
+        "tqdm(train_loader))": (
+            'tqdm(session.batches("train")), session.state.dataset_iter)'
+        ),
         'accelerator.save_state("out")': "pass  # save_state: the session does it",
         "for batch in eval_dl:": 'for batch in session.batches("eval"):',
     }
@@ -600,7 +602,9 @@ def test_batches_that_were_skipped_are_skipped_by_the_session():
         "tqdm(train_loader)", "accelerator.skip_first_batches(train_loader, 3)"
     )
     port = write_port(text, "runs/x")
-    assert 'enumerate(session.batches("train")):' in port.text
+    assert 'enumerate(session.batches("train"), session.state.dataset_iter)' in (
+        port.text
+    )
 
 
 def test_what_a_first_version_leaves_to_do_is_told():
