@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-_TRAINING = 'session.batches("train")'
-_READERS = {"enumerate", "tqdm", "skip_first_batches", "trange"}
-_REPLACED = {"save_state", "load_state", "register_for_checkpointing"}
+_WIDTH = 88  # of a line
+_SKIP = "skip_first_batches"
+_READERS = {"enumerate", "tqdm", _SKIP, "trange"}
+_REPLACED = {"save_state", "load_state"}
 _SUFFIXES = ("_dataloader", "_data_loader", "_loader", "_dl", "dataloader", "loader")
 
 
@@ -18,6 +19,14 @@ class _Edit(NamedTuple):
     start: int
     end: int
     text: str
+
+
+class _Loop(NamedTuple):
+    """A loop over a prepared loader."""
+
+    node: ast.For
+    loader: str
+    read: ast.expr  # what is to become the session's batches
 
 
 @dataclass
@@ -79,32 +88,50 @@ class _Writer:
 
     def write(self) -> Port:
         prepared = self._prepared()
-        loops = [
-            (node, found)
-            for node in ast.walk(self._tree)
-            if isinstance(node, ast.For)
-            and (found := _loader_of(node.iter)) is not None
-            and ast.unparse(found) in prepared
-        ]
-        training = [(n, f) for n, f in loops if any(_calls(n, "backward"))]
-        epochs = [self._parent(n, ast.For) for n, _ in training]
+        loops = list(self._loops(prepared))
+        training = [loop for loop in loops if any(_calls(loop.node, "backward"))]
+        epochs = [self._parent(loop.node) for loop in training]
         if len(training) != 1 or epochs[0] is None:
             raise ValueError(
                 f"{len(training)} loops train on batches of a loader that was prepared "
                 "in this file, inside a loop over epochs; a first version is written "
                 "where there is one: see `helios.Session`"
             )
-        (loop, loader), epoch = training[0], epochs[0]
-        names = self._names(ast.unparse(loader), [ast.unparse(f) for _, f in loops])
-        self._insert_session(prepared[ast.unparse(loader)], loop, names)
+        loop, epoch = training[0], epochs[0]
+        names = self._names(loop.loader, [other.loader for other in loops])
+        self._insert_session(prepared[loop.loader], loop.node, names)
         self._edit_epochs(epoch)
-        for node, found in loops:
-            self._edit_loop(node, f'session.batches("{names[ast.unparse(found)]}")')
+        for other in loops:
+            self._replace(other.read, f'session.batches("{names[other.loader]}")')
+        self._edit_counts(loop.node)
         for name in sorted(_REPLACED):
             for call in _calls(self._tree, name):
                 self._drop(call)
         self._insert_import()
         return self._port()
+
+    def _loops(self, prepared: dict[str, ast.stmt]) -> Iterator[_Loop]:
+        """The loops over prepared loaders, also under another name in a function."""
+        others = dict[tuple[ast.AST | None, str], str]()
+        bars = dict[tuple[ast.AST | None, str], ast.expr]()
+        nodes = [n for n in ast.walk(self._tree) if isinstance(n, ast.Assign | ast.For)]
+        for node in sorted(nodes, key=lambda node: node.lineno):
+            value = node.iter if isinstance(node, ast.For) else node.value
+            if (found := _loader_of(value)) is None:
+                continue
+            scope, name = self._function(node), ast.unparse(found)
+            loader = others.get((scope, name), name)
+            if loader not in prepared:
+                continue
+            if isinstance(node, ast.For):
+                # There is nothing to skip any more.
+                read = bars.get((scope, name)) or next(_calls(value, _SKIP), found)
+                yield _Loop(node, loader, read)
+                continue
+            key = scope, ast.unparse(node.targets[0])
+            others[key] = loader
+            if isinstance(value, ast.Call) and _name(value.func) != _SKIP:
+                bars[key] = found
 
     def _prepared(self) -> dict[str, ast.stmt]:
         """By each prepared name, the statement that prepares it."""
@@ -117,9 +144,9 @@ class _Writer:
                         found |= {ast.unparse(part): node for part in parts}
         return found
 
-    def _parent(self, node: ast.AST, *kinds: type[ast.AST]) -> ast.For | None:
+    def _parent(self, node: ast.AST) -> ast.For | None:
         above = self._above.get(node)
-        while above is not None and not isinstance(above, kinds):
+        while above is not None and not isinstance(above, ast.For):
             if isinstance(above, ast.FunctionDef | ast.AsyncFunctionDef):
                 return None
             above = self._above.get(above)
@@ -157,25 +184,22 @@ class _Writer:
         owner = ast.unparse(caller.value) if isinstance(caller, ast.Attribute) else ""
         pairs = ", ".join(f'"{name}": {loader}' for loader, name in names.items())
         indent = " " * prepare.col_offset
-        # Behind the last `prepare` of them all: the session takes what is prepared.
-        all_of = [self._prepared()[loader] for loader in names]
-        beside = [s for s in self._prepared().values() if self._is_beside(s, prepare)]
-        last = max([*all_of, *beside], key=lambda s: s.end_lineno or 0)
-        at = self._starts[last.end_lineno or 0]
-        self._edits.append(
-            _Edit(
-                at,
-                at,
-                f"{indent}loaders = {{{pairs}}}\n"
-                f"{indent}session = helios.Session(\n"
-                f'{indent}    {owner}, "{self._folder}", loaders=loaders, '
-                "save_every=500\n"
-                f"{indent})\n",
+        # Behind them all: the session takes what is prepared, and registered.
+        all_of: list[ast.AST] = [self._prepared()[loader] for loader in names]
+        calls = _calls(self._tree, "register_for_checkpointing")
+        for other in [*self._prepared().values(), *(self._above[c] for c in calls)]:
+            if self._above.get(other) is self._above.get(prepare):
+                all_of.append(other)
+        last = max(all_of, key=lambda node: getattr(node, "end_lineno", 0))
+        at = self._starts[getattr(last, "end_lineno", 0)]
+        given = f'{owner}, "{self._folder}", loaders=loaders, save_every=500'
+        made = f"{indent}session = helios.Session({given})\n"
+        if len(made) > _WIDTH + 1:
+            made = (
+                f"{indent}session = helios.Session(\n{indent}    {given}\n{indent})\n"
             )
-        )
-
-    def _is_beside(self, one: ast.stmt, other: ast.stmt) -> bool:
-        return self._above.get(one) is self._above.get(other)
+        made = f"{indent}loaders = {{{pairs}}}\n{made}"
+        self._edits.append(_Edit(at, at, made))
 
     def _edit_epochs(self, epoch: ast.For) -> None:
         over, total = epoch.iter, None
@@ -187,22 +211,21 @@ class _Writer:
                 "`session.epochs(number)`"
             )
             return
-        self._replace(over, f"session.epochs({self._source(total)})")
+        number = ast.get_source_segment(self._text, total)
+        self._replace(over, f"session.epochs({number})")
 
-    def _edit_loop(self, node: ast.For, batches: str) -> None:
-        over = node.iter
-        found = self._skipped(over) or _loader_of(over)
-        assert found is not None
-        self._replace(found, batches)
-        if isinstance(over, ast.Call) and _name(over.func) == "enumerate":
-            if batches == _TRAINING and len(over.args) + len(over.keywords) == 1:
-                last = over.args[0]
-                end = self._offset(last.end_lineno or 0, last.end_col_offset or 0)
+    def _edit_counts(self, loop: ast.For) -> None:
+        """Have the numbers of batches go on at a resume; tell of other counts."""
+        match loop.iter:
+            case ast.Call(name, [one], []) if _name(name) == "enumerate":
+                end = self._offset(one.end_lineno or 0, one.end_col_offset or 0)
                 self._edits.append(_Edit(end, end, ", session.state.dataset_iter"))
-
-    def _skipped(self, node: ast.expr) -> ast.expr | None:
-        """A call of `skip_first_batches`, which has nothing to skip any more."""
-        return next(iter(_calls(node, "skip_first_batches")), None)
+        for node in ast.walk(loop):
+            if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
+                self._left.append(
+                    f"line {node.lineno}: `{node.target.id}` begins anew at a resume: "
+                    "see `session.state`, and `session.notes`"
+                )
 
     def _drop(self, call: ast.Call) -> None:
         """Leave out a call that the session makes needless, if it stands alone."""
@@ -228,9 +251,6 @@ class _Writer:
         before = self._lines[line - 1].encode()[:column].decode()
         return self._starts[line - 1] + len(before)
 
-    def _source(self, node: ast.expr) -> str:
-        return ast.get_source_segment(self._text, node) or ast.unparse(node)
-
     def _replace(self, node: ast.expr | ast.stmt, text: str) -> None:
         start = self._offset(node.lineno, node.col_offset)
         end = self._offset(node.end_lineno or 0, node.end_col_offset or 0)
@@ -242,4 +262,5 @@ class _Writer:
             text = text[:start] + new + text[end:]
         ast.parse(text)
         rows = difflib.ndiff(self._text.splitlines(), text.splitlines())
-        return Port(text, sum(row.startswith("+ ") for row in rows), self._left)
+        added = [row for row in rows if row.startswith("+ ") and row[2:].strip()]
+        return Port(text, len(added), self._left)

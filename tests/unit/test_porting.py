@@ -578,9 +578,8 @@ def test_first_version_of_a_port_is_the_script_with_a_session():
         "from tqdm import tqdm\n": "from tqdm import tqdm\n\nimport helios\n",
         "for epoch in range(start, 9):\n": (
             'loaders = {"train": train_loader, "eval": eval_dl}\n'
-            "session = helios.Session(\n"
-            '    accelerator, "runs/x", loaders=loaders, save_every=500\n'
-            ")\n"
+            'session = helios.Session(accelerator, "runs/x", loaders=loaders, '
+            "save_every=500)\n"
             "for epoch in session.epochs(9):\n"
         ),
         "tqdm(train_loader))": (
@@ -595,6 +594,55 @@ def test_first_version_of_a_port_is_the_script_with_a_session():
         expected = expected.replace(old, new)
     assert port.text == expected
     assert port.left == []
+
+
+ACTIVE = """\
+    if resumed:
+        active = accelerator.skip_first_batches(train_loader, 3)
+    else:
+        active = train_loader
+    for step, batch in enumerate(active, 1):
+"""
+BAR = """\
+    bar = tqdm(train_loader, total=7)
+    for step, batch in enumerate(bar):
+"""
+
+
+@pytest.mark.parametrize(
+    ("loop", "changes"),
+    [
+        (ACTIVE, {"enumerate(active, 1)": 'enumerate(session.batches("train"), 1)'}),
+        (
+            BAR,
+            {
+                "tqdm(train_loader": 'tqdm(session.batches("train")',
+                "enumerate(bar)": "enumerate(bar, session.state.dataset_iter)",
+            },
+        ),
+    ],
+)
+def test_training_loader_may_have_another_name_or_a_bar_around_it(loop, changes):
+    text = PORTED.replace(
+        "    for step, batch in enumerate(tqdm(train_loader)):\n", loop
+    )
+    assert text != PORTED
+    for old, new in changes.items():
+        loop = loop.replace(old, new)
+    assert loop in write_port(text, "runs/x").text
+
+
+def test_session_is_made_behind_what_is_registered_and_tells_of_counts():
+    text = PORTED.replace(
+        "for epoch in", "accelerator.register_for_checkpointing(ema)\nfor epoch in"
+    ).replace("        if step % 9", "        done += 1\n        if step % 9")
+    port = write_port(text, "runs/x")
+    registered = port.text.index("accelerator.register_for_checkpointing(ema)\n")
+    assert registered < port.text.index("helios.Session(")
+    assert port.left == [
+        "line 13: `done` begins anew at a resume: see `session.state`, and "
+        "`session.notes`"
+    ]
 
 
 def test_batches_that_were_skipped_are_skipped_by_the_session():
