@@ -46,8 +46,10 @@ class _Runner:
             }
             # One that was stopped may say so by its exit status.
             until = self._last if stop is None else stop
+            # A loop may end by `break`, too.
+            has_left = stop is None and status == 0
             has_come = traces and all(
-                run.has_ended or (until is not None and until in run.batches)
+                run.has_ended or has_left or until in run.batches
                 for run in traces.values()
             )
             if not has_come:
