@@ -53,6 +53,7 @@ LIMITS_LINES = {
     "porting.command": 70,
     "handwritten": 580,
     "handwritten.faults": 60,
+    "handwritten.late": 40,
     "data.adopting": 300,
     "data.dealing": 30,
     "checkpoint.trees": 80,

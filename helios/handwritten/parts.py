@@ -16,6 +16,7 @@ from helios.data.params import DataLoaderParams
 from helios.determinism import settle_buckets
 from helios.engine import Accelerator, Engine, inner_optimizer
 from helios.errors import ModelError
+from helios.handwritten.late import registered_with
 from helios.model import holdings
 from helios.model.model import Model
 
@@ -29,11 +30,7 @@ class Held(Model):
         self, save_name: str, objects: dict[str, Any], accelerator: Accelerator
     ) -> None:
         super().__init__(save_name)
-        registered = [
-            one
-            for one in accelerator._custom_objects
-            if not isinstance(one, AdoptedLoader)  # the session knows where it is
-        ]
+        registered = registered_with(accelerator)
         self.objects = {**objects, **({"registered": registered} if registered else {})}
         self.notes: dict[str, Any] = {}
 

@@ -27,6 +27,7 @@ from helios.failures.bundle import Wish
 from helios.failures.replay import replayed
 from helios.handwritten.arguments import check_arguments
 from helios.handwritten.faults import failures_told
+from helios.handwritten.late import Latecomers
 from helios.handwritten.parts import TRAIN, Held, Loaders, engine_for
 from helios.health.watch import Health
 from helios.loggers.tensorboard import open_writer
@@ -110,7 +111,7 @@ class Session(session.Session):
             loaders = {TRAIN: loaders}
         objects = check_arguments(vars() | objects, objects)
         root, traced = traces(os.path.abspath(path))
-        callbacks = [*callbacks, *traced]
+        callbacks = [Latecomers(), *callbacks, *traced]
         resume = "auto" if traced else resume
         if (replay := replayed(root.name)) is not None:
             callbacks, resume = [*callbacks, replay.callback], replay.resume

@@ -1,7 +1,7 @@
 """Run by test_session.py: a loop by hand that knows nothing of stops.
 
 It says when a batch is done, and waits then for as long as it is told to; or its step
-depends on a variable that nobody saves.
+depends on a variable that nobody saves; or it leaves its loop in the third epoch.
 """
 
 import pathlib
@@ -28,7 +28,7 @@ session = helios.Session(
     accelerator, folder / "run", loaders=loader, net=net, optimizer=optimizer
 )
 seen = 0
-for _epoch in session.epochs(4):
+for epoch in session.epochs(4):
     for (inputs,) in session.batches():
         seen += held == ["forgets"]
         loss = net(inputs).square().mean() * (1 + seen)
@@ -41,4 +41,6 @@ for _epoch in session.epochs(4):
             if held[1:] == ["raise"]:
                 raise RuntimeError("of the loop")
             sys.stdin.readline()
+    if held == ["breaks"] and epoch == 2:
+        break
 torch.save(net.state_dict(), folder / "final.pt")

@@ -289,6 +289,8 @@ def test_verification_of_a_loop_tells_one_that_resumes_from_one_that_does_not(tm
     assert (done.exit_code, "IDENTICAL" in done.output) == (0, True), done.output
     done = CliRunner().invoke(main, [*map(str, common), str(tmp_path), "forgets"])
     assert done.exit_code == 1, done.output
+    done = CliRunner().invoke(main, [*map(str, common), str(tmp_path), "breaks"])
+    assert (done.exit_code, "15 batches" in done.output) == (0, True), done.output
     assert not (tmp_path / "run").exists()
 
 
@@ -390,6 +392,24 @@ def test_notes_and_registered_objects_are_saved(tmp_path):
         assert (registered.value, passed.value) == (3, 6)
         assert second.notes == {"seen": (0, torch.tensor(3))}
         assert second.state.dataset_iter == 3
+
+
+@pytest.mark.parametrize("late", ["a scheduler", "a registered object"])
+def test_what_is_made_after_the_session_would_not_be_saved_and_is_refused(
+    tmp_path, late
+):
+    loop = ByHand(tmp_path / "run")
+    loop.make()
+    loaders, accelerator = loop.train_loader, loop.accelerator
+    with helios.Session(accelerator, tmp_path / "run", loaders=loaders) as session:
+        made = torch.optim.lr_scheduler.StepLR(loop.optimizers[0], 3)
+        if late == "a scheduler":
+            accelerator.prepare(made)
+        else:
+            accelerator.register_for_checkpointing(made)
+        epochs = session.epochs(1)
+        with pytest.raises(ModelError, match="after the session was made, which does"):
+            next(epochs)
 
 
 def test_what_the_loop_does_before_it_reads_on_is_put_back_at_a_resume(tmp_path):
