@@ -21,7 +21,8 @@ from helios.verifying.comparing import Difference, Run, explain, first_differenc
 _FOLDER, _STOP, _LAST = "HELIOS_VERIFY", "HELIOS_VERIFY_STOP", "HELIOS_VERIFY_LAST"
 _SHOWN_LINES = 30
 
-Traces: TypeAlias = dict[int, Run]  # by rank
+Traces: TypeAlias = dict[tuple[str, int], Run]  # by run and rank, in their order
+Place: TypeAlias = tuple[str, int]  # a run, and a batch of it
 
 
 class _Runner:
@@ -33,24 +34,24 @@ class _Runner:
         self._command, self._root = command, root
         self._last, self._timeout_s = last, timeout_s
 
-    def run(self, name: str, stops: Sequence[int] = ()) -> Traces:
-        """The traces by rank, of a run that was stopped at these batches."""
+    def run(self, name: str, stops: Sequence[Place] = ()) -> Traces:
+        """The traces of the command, stopped at these batches."""
         folder = self._root / name
         folder.mkdir()
         for number, stop in enumerate([*stops, None]):
             log = folder / f"{number}.log"
             status = self._start(folder, log, stop)
-            traces = {
-                int(path.stem.rpartition("_")[2]): Run.read(path)
-                for path in sorted(folder.glob("*.rank_*.jsonl"))
-            }
+            traces = Traces()
+            files = folder.glob("*.rank_*.jsonl")
+            for path in sorted(files, key=lambda file: file.stat().st_mtime_ns):
+                which, _, rank = path.stem.rpartition(".rank_")
+                traces[which, int(rank)] = Run.read(path)
             # One that was stopped may say so by its exit status.
-            until = self._last if stop is None else stop
-            # A loop may end by `break`, too.
-            has_left = stop is None and status == 0
-            has_come = traces and all(
-                run.has_ended or has_left or until in run.batches
-                for run in traces.values()
+            wanted = [r for k, r in traces.items() if stop is None or k[0] == stop[0]]
+            until = self._last if stop is None else stop[1]
+            is_over = stop is None and status == 0  # by `break`, for instance
+            has_come = wanted and all(
+                run.has_ended or is_over or until in run.batches for run in wanted
             )
             if not has_come:
                 where = "to its end" if until is None else f"to batch {until}"
@@ -58,9 +59,9 @@ class _Runner:
                 self._fail(log, end)
         return traces
 
-    def _start(self, folder: Path, log: Path, stop: int | None) -> int:
+    def _start(self, folder: Path, log: Path, stop: Place | None) -> int:
         env = {**os.environ, _FOLDER: str(folder.resolve())}
-        env |= {} if stop is None else {_STOP: str(stop)}
+        env |= {} if stop is None else {_STOP: f"{stop[0]}:{stop[1]}"}
         env |= {} if self._last is None else {_LAST: str(self._last)}
         with open(log, "wb") as out:
             process = subprocess.Popen(
@@ -145,11 +146,13 @@ def verify_resume(
 
 def _verify(runner: _Runner, at: Sequence[int], stops: int, seed: int) -> int:
     whole = runner.run("whole")
-    total = max(max(run.batches, default=0) for run in whole.values())
-    ranks = f"{len(whole)} rank{'s' if len(whole) > 1 else ''}"
-    click.echo(f"without a stop: {total} batches, {ranks}")
+    places = [(k[0], n) for k, run in whole.items() if k[1] == 0 for n in run.batches]
+    total, ranks = len(places), len({rank for _, rank in whole})
+    runs = f" in {len(whole) // ranks} runs" if len(whole) > ranks else ""
+    plural = "s" if ranks > 1 else ""
+    click.echo(f"without a stop: {total} batches{runs}, {ranks} rank{plural}")
     chosen = _choose(at, stops, seed, total)
-    parts = runner.run("parts", chosen)
+    parts = runner.run("parts", [places[n - 1] for n in chosen])
     click.echo(f"stopped after batch {', '.join(map(str, chosen))}, and resumed")
     if (found := _compare(whole, parts)) is None:
         values = next(iter(whole[min(whole)].batches.values()))["values"]
@@ -166,13 +169,13 @@ def _verify(runner: _Runner, at: Sequence[int], stops: int, seed: int) -> int:
 
 
 def _compare(one: Traces, other: Traces) -> Difference | None:
-    """The first difference of any rank."""
+    """The first difference of any rank, in the first run that has one."""
     if one.keys() != other.keys():
         kinds = f"{len(one)} ranks, and then {len(other)}"
         raise click.UsageError(f"the command has started {kinds}")
-    found = [first_difference(one[rank], other[rank], rank) for rank in one]
-    return min(
-        (d for d in found if d is not None),
-        key=lambda d: (d.batch is None, d.batch),
-        default=None,
-    )
+    for name in dict.fromkeys(name for name, _ in one):
+        pairs = [(one[k], other[k], k[1]) for k in one if k[0] == name]
+        found = [d for pair in pairs if (d := first_difference(*pair)) is not None]
+        if found:
+            return min(found, key=lambda d: (d.batch is None, d.batch))
+    return None

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,9 +37,8 @@ class Trace(Callback):
     where they are short, of what the run is made of.
     """
 
-    def __init__(self, folder: Path, stop: int | None, last: int | None) -> None:
+    def __init__(self, folder: Path, stop: str | None, last: str | None) -> None:
         self._folder, self._stop, self._last = folder, stop, last
-        self._file: IO[str] | None = None
 
     def on_training_batch_end(self, session: Session) -> None:
         state, loaded = session.state, session.engine.loaded
@@ -55,7 +54,8 @@ class Trace(Callback):
             values=dict(_values(session)),
             attributes=dict(_attributes(session._model)),
         )
-        if state.global_iteration in (self._stop, self._last):
+        name, number = session._model.save_name, str(state.global_iteration)
+        if number == self._last or f"{name}:{number}" == self._stop:
             session.request_stop("its resume is to be verified")
 
     def on_log(self, session: Session, values: dict[str, float]) -> None:
@@ -67,10 +67,9 @@ class Trace(Callback):
         self._write(session, end=session.state.global_iteration)
 
     def _write(self, session: Session, **line: Any) -> None:
-        if self._file is None:
-            name = f"{session._model.save_name}.rank_{session.engine.rank}.jsonl"
-            self._file = open(self._folder / name, "a", encoding="utf-8")  # noqa: SIM115
-        print(json.dumps(line), file=self._file, flush=True)
+        name = f"{session._model.save_name}.rank_{session.engine.rank}.jsonl"
+        with open(self._folder / name, "a", encoding="utf-8") as file:
+            print(json.dumps(line), file=file)
 
 
 def _checksum(data: bytes | memoryview) -> str:
@@ -150,9 +149,8 @@ def traces(path: str | os.PathLike[str]) -> tuple[Path, list[Callback]]:
     """
     if (place := os.environ.get(FOLDER)) is None:
         return Path(path), []
-    stop, last = (os.environ.get(name) for name in (STOP, LAST))
-    numbers = [None if n is None else int(n) for n in (stop, last)]
-    return Path(place) / "run", [Trace(Path(place), *numbers)]
+    trace = Trace(Path(place), os.environ.get(STOP), os.environ.get(LAST))
+    return Path(place) / "run" / os.path.basename(path), [trace]
 
 
 def prepare_verification(trainer: Trainer) -> None:

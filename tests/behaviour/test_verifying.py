@@ -1,6 +1,7 @@
 """`helios verify-resume`: proofs, and the first difference, of real scripts."""
 
 import pathlib
+import re
 import sys
 
 import pytest
@@ -34,6 +35,18 @@ def test_run_that_resumes_exactly_is_called_identical(monkeypatch, tmp_path):
     logs = [tmp_path / "kept" / "parts" / f"{n}.log" for n in range(3)]
     assert ["resumed from" in log.read_text() for log in logs] == [False, True, True]
     assert {path.name for path in tmp_path.iterdir()} == {"kept"}
+
+
+def test_all_runs_of_a_program_are_stopped_and_compared(monkeypatch, tmp_path):
+    options = ("--at", "9", "--at", "21", "--keep", "kept")
+    status, output = verify(monkeypatch, tmp_path, "twice", *options)
+    assert (status, "30 batches in 2 runs, 1 rank" in output) == (0, True)
+    logs = [(tmp_path / "kept" / "parts" / f"{n}.log").read_text() for n in range(3)]
+    resumed = [
+        re.findall(r"resumed from (\w+)_epoch_\d_iter_(\d+)", log) for log in logs
+    ]
+    assert resumed[1] == [("random", "9")]
+    assert resumed[2] == [("random", "15"), ("second", "6")]
 
 
 def test_attribute_that_is_not_saved_is_named(monkeypatch, tmp_path):

@@ -94,7 +94,8 @@ def main():
     trainer = helios.Trainer(
         use_cpu=True, total_steps=3, print_frequency=2, chkpt_root="mine"
     )
-    trainer.fit(models.get(kind, RandomModel)(), data)
+    if trainer.fit(models.get(kind, RandomModel)(), data) and kind == "twice":
+        trainer.fit(RandomModel("second"), data)
     assert not os.path.exists("mine")
 
 
