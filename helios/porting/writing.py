@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from helios.porting.nodes import SKIP, calls_of, loader_of, name_of
+
 _WIDTH = 88  # of a line
-_SKIP = "skip_first_batches"
-_READERS = {"enumerate", "tqdm", _SKIP, "trange"}
 _REPLACED = {"save_state", "load_state"}
 _SUFFIXES = ("_dataloader", "_data_loader", "_loader", "_dl", "dataloader", "loader")
 
@@ -48,28 +48,6 @@ def write_port(text: str, folder: str) -> Port:
     return _Writer(text, folder).write()
 
 
-def _loader_of(node: ast.expr) -> ast.expr | None:
-    """The loader that a loop reads: itself, or in `enumerate` and the like."""
-    if isinstance(node, ast.Name | ast.Attribute):
-        return node
-    if isinstance(node, ast.Call) and node.args and _name(node.func) in _READERS:
-        return _loader_of(node.args[0])
-    return None
-
-
-def _name(node: ast.AST) -> str:
-    """The last part of a name."""
-    if isinstance(node, ast.Attribute):
-        return node.attr
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def _calls(node: ast.AST, name: str) -> Iterator[ast.Call]:
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Call) and _name(inner.func) == name:
-            yield inner
-
-
 class _Writer:
     def __init__(self, text: str, folder: str) -> None:
         self._text, self._folder = text, folder
@@ -89,7 +67,7 @@ class _Writer:
     def write(self) -> Port:
         prepared = self._prepared()
         loops = list(self._loops(prepared))
-        training = [loop for loop in loops if any(_calls(loop.node, "backward"))]
+        training = [loop for loop in loops if any(calls_of(loop.node, "backward"))]
         epochs = [self._parent(loop.node) for loop in training]
         if len(training) != 1 or epochs[0] is None:
             raise ValueError(
@@ -105,7 +83,7 @@ class _Writer:
             self._replace(other.read, f'session.batches("{names[other.loader]}")')
         self._edit_counts(loop.node)
         for name in sorted(_REPLACED):
-            for call in _calls(self._tree, name):
+            for call in calls_of(self._tree, name):
                 self._drop(call)
         self._insert_import()
         return self._port()
@@ -117,7 +95,7 @@ class _Writer:
         nodes = [n for n in ast.walk(self._tree) if isinstance(n, ast.Assign | ast.For)]
         for node in sorted(nodes, key=lambda node: node.lineno):
             value = node.iter if isinstance(node, ast.For) else node.value
-            if (found := _loader_of(value)) is None:
+            if (found := loader_of(value)) is None:
                 continue
             scope, name = self._function(node), ast.unparse(found)
             loader = others.get((scope, name), name)
@@ -125,12 +103,12 @@ class _Writer:
                 continue
             if isinstance(node, ast.For):
                 # There is nothing to skip any more.
-                read = bars.get((scope, name)) or next(_calls(value, _SKIP), found)
+                read = bars.get((scope, name)) or next(calls_of(value, SKIP), found)
                 yield _Loop(node, loader, read)
                 continue
             key = scope, ast.unparse(node.targets[0])
             others[key] = loader
-            if isinstance(value, ast.Call) and _name(value.func) != _SKIP:
+            if isinstance(value, ast.Call) and name_of(value.func) != SKIP:
                 bars[key] = found
 
     def _prepared(self) -> dict[str, ast.stmt]:
@@ -138,7 +116,7 @@ class _Writer:
         found = dict[str, ast.stmt]()
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-                if _name(node.value.func) in ("prepare", "prepare_data_loader"):
+                if name_of(node.value.func) in ("prepare", "prepare_data_loader"):
                     for target in node.targets:
                         parts = getattr(target, "elts", [target])
                         found |= {ast.unparse(part): node for part in parts}
@@ -178,6 +156,11 @@ class _Writer:
                 f"line {loop.lineno}: the loop is in another function than `prepare`: "
                 "pass `session` to it"
             )
+        if self._parent(prepare) is not None:
+            self._left.append(
+                f"line {prepare.lineno}: sessions are made in a loop: give each a "
+                "folder of its own"
+            )
         assert isinstance(prepare, ast.Assign)
         assert isinstance(prepare.value, ast.Call)
         caller = prepare.value.func
@@ -186,7 +169,7 @@ class _Writer:
         indent = " " * prepare.col_offset
         # Behind them all: the session takes what is prepared, and registered.
         all_of: list[ast.AST] = [self._prepared()[loader] for loader in names]
-        calls = _calls(self._tree, "register_for_checkpointing")
+        calls = calls_of(self._tree, "register_for_checkpointing")
         for other in [*self._prepared().values(), *(self._above[c] for c in calls)]:
             if self._above.get(other) is self._above.get(prepare):
                 all_of.append(other)
@@ -203,7 +186,7 @@ class _Writer:
 
     def _edit_epochs(self, epoch: ast.For) -> None:
         over, total = epoch.iter, None
-        if isinstance(over, ast.Call) and _name(over.func) in ("range", "trange"):
+        if isinstance(over, ast.Call) and name_of(over.func) in ("range", "trange"):
             total = next(iter(over.args[1:2] or over.args), None)
         if total is None:
             self._left.append(
@@ -217,7 +200,7 @@ class _Writer:
     def _edit_counts(self, loop: ast.For) -> None:
         """Have the numbers of batches go on at a resume; tell of other counts."""
         match loop.iter:
-            case ast.Call(name, [one], []) if _name(name) == "enumerate":
+            case ast.Call(name, [one], []) if name_of(name) == "enumerate":
                 end = self._offset(one.end_lineno or 0, one.end_col_offset or 0)
                 self._edits.append(_Edit(end, end, ", session.state.dataset_iter"))
         for node in ast.walk(loop):
@@ -230,7 +213,7 @@ class _Writer:
     def _drop(self, call: ast.Call) -> None:
         """Leave out a call that the session makes needless, if it stands alone."""
         statement = self._above.get(call)
-        name = _name(call.func)
+        name = name_of(call.func)
         if isinstance(statement, ast.Expr):
             self._replace(statement, f"pass  # {name}: the session does it")
         else:

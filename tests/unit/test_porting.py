@@ -645,6 +645,15 @@ def test_session_is_made_behind_what_is_registered_and_tells_of_counts():
     ]
 
 
+def test_sessions_in_a_loop_need_folders_of_their_own():
+    head, _, rest = PORTED.partition("accelerator = ")
+    lines = [f"    {line}\n" for line in f"accelerator = {rest}".splitlines()]
+    port = write_port(f"{head}for fold in range(3):\n{''.join(lines)}", "runs/x")
+    assert [line.partition(";")[0] for line in port.left] == [
+        "line 9: sessions are made in a loop: give each a folder of its own"
+    ]
+
+
 def test_batches_that_were_skipped_are_skipped_by_the_session():
     text = PORTED.replace(
         "tqdm(train_loader)", "accelerator.skip_first_batches(train_loader, 3)"
