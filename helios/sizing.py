@@ -7,20 +7,18 @@ import dataclasses
 import logging
 import math
 import pathlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-
-from torch.nn.parallel import DistributedDataParallel
 
 from helios.checkpoint import CheckpointStore
 from helios.checkpoint.records import read_record
 from helios.data.datamodule import DataModule
-from helios.engine import find_executable_batch_size
-from helios.errors import LaunchError
+from helios.engine import Engine, find_executable_batch_size
+from helios.errors import HeliosError, LaunchError
 from helios.failures.ending import is_out_of_memory
 from helios.loggers.text import get_root_logger, text_logging
 from helios.model.model import Model
-from helios.state import TrainingState
+from helios.stopping.requests import Stopped
+from helios.trials import each_by_itself, note_tried
 
 if TYPE_CHECKING:
     from helios.trainer import Trainer
@@ -36,6 +34,7 @@ _TRIAL: dict[str, Any] = {
     **dict.fromkeys(("bad_numbers", "crash_bundle", "batch_size")),
     **dict.fromkeys(("enable_tensorboard", "enable_file_logging"), False),
     **dict.fromkeys(("enable_progress_bar", "print_banner"), False),
+    "exit_when_stopped": False,
     "train_unit": "iteration",
     "total_steps": _STEPS,
     "resume": "never",
@@ -44,29 +43,35 @@ _TRIAL: dict[str, Any] = {
 }
 
 
-def find_parts(trainer: Trainer, model: Model, datamodule: DataModule) -> int:
+def find_parts(trainer: Trainer, model: Model, datamodule: DataModule) -> int | None:
     """Into how many parts to cut each batch of the DataModule; every rank must call.
 
     The accumulation steps are to be as many times more, so that the global batch
-    stays. A run that goes on has as many as its checkpoint says.
+    stays. A run that goes on has as many as its checkpoint says. None: it was asked to
+    stop meanwhile.
 
     Raises:
         LaunchError: there is no such size, or a step cannot be tried by each rank.
     """
     if trainer.batch_size != AUTO:
         return trainer._parts
-    with text_logging(None), contextlib.ExitStack() as stack:
-        stack.callback(logging.disable, logging.root.manager.disable)
-        logging.disable(logging.INFO)  # what a trial has to say
-        return _find(trainer, model, datamodule)
+    before = logging.root.manager.disable
+    with text_logging(None) as log:
+        try:
+            logging.disable(logging.INFO)  # what a trial has to say
+            return _find(trainer, model, datamodule)
+        except Stopped as stop:
+            log.warning("%s: stopped before training, to start again", stop)
+            return None
+        finally:
+            logging.disable(before)
 
 
 def _find(trainer: Trainer, model: Model, datamodule: DataModule) -> int:
     trial = dataclasses.replace(trainer, **_TRIAL)
     with trial._running(model, datamodule, ()) as engine:
-        # One host may have the checkpoints alone.
-        if saved := engine.broadcast(_saved(trainer, model)):
-            return int(saved)
+        if saved := _saved_on_main(trainer, model, engine):
+            return saved
         if engine.is_sharded:
             raise LaunchError(
                 '`batch_size` is "auto", and the ranks share the network out by FSDP: '
@@ -78,15 +83,28 @@ def _find(trainer: Trainer, model: Model, datamodule: DataModule) -> int:
 
     def attempt(size: int) -> int:
         trial._parts = largest // size
+        alone = contextlib.nullcontext(list[bool]())
+        is_full, has_ended = False, True
         try:
-            with _each_by_itself(model) as is_full:
-                trial.fit(model, datamodule)
+            with each_by_itself(model) if engine.world_size > 1 else alone as found:
+                has_ended = trial.fit(model, datamodule)
+            is_full = bool(found)
         except Exception as error:
-            if engine.world_size > 1:  # the others wait for this rank
+            is_full = is_out_of_memory(error)
+            if engine.world_size > 1 and is_full:
+                # Not to be taken for a sign to try less: the others are elsewhere.
+                raise LaunchError(
+                    '`batch_size` is "auto", and a rank is out of memory outside of '
+                    "its `train_step`; give the size to the DataModule"
+                ) from error
+            if engine.world_size > 1:
                 raise
             # Any other one is for the run to meet, which says what there is to say.
-            is_full = [is_out_of_memory(error)]
-        if not engine.agree(any(is_full)):
+        finally:
+            note_tried(trial.engine)
+        if not has_ended:
+            raise Stopped(trial._stops.reason)
+        if not engine.agree(is_full):
             return size
         if size == 1:
             raise LaunchError(
@@ -109,38 +127,18 @@ def _find(trainer: Trainer, model: Model, datamodule: DataModule) -> int:
     return parts
 
 
-@contextlib.contextmanager
-def _each_by_itself(model: Model) -> Iterator[list[bool]]:
-    """Have no step wait for another rank's; gives what tells of one out of memory.
-
-    The gradients stay each rank's own, and a rank that is out of memory comes along
-    without a step, to where all of them meet.
-    """
-    is_full, train_step = list[bool](), model.train_step
-
-    def step(batch: Any, state: TrainingState) -> None:
-        for net in model.engine._networks:
-            if isinstance(net, DistributedDataParallel):
-                net.require_backward_grad_sync = False
-                net.require_forward_param_sync = False
+def _saved_on_main(trainer: Trainer, model: Model, engine: Engine) -> int | None:
+    """The parts of a run that is to go on: one host may have its checkpoints alone."""
+    saved: int | HeliosError | None = None
+    if engine.is_main:
         try:
-            if not is_full:
-                train_step(batch, state)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            is_full.append(True)
-        # What is logged is averaged over ranks that all have it.
-        assert model._session is not None, "the trial runs"
-        journal = model._session.journal
-        for kept in (model._loss_items, journal.latest, journal.reductions):
-            kept.clear()
-
-    vars(model)["train_step"] = step
-    try:
-        yield is_full
-    finally:
-        del vars(model)["train_step"]
+            saved = _saved(trainer, model)
+        except HeliosError as error:  # for all ranks
+            saved = error
+    saved = engine.broadcast(saved)
+    if isinstance(saved, HeliosError):
+        raise saved
+    return saved
 
 
 def _saved(trainer: Trainer, model: Model) -> int | None:

@@ -38,6 +38,7 @@ from helios.sizing import find_parts
 from helios.state import Schedule, TrainingState, TrainingUnit
 from helios.stopping.requests import Stopped, Stops
 from helios.stopping.status import exit_status
+from helios.trials import check_anew
 from helios.verifying.trace import prepare_verification
 from helios.watchdog import watched
 
@@ -157,8 +158,10 @@ class Trainer:
         if self.total_steps is None:
             raise ValueError("`total_steps` is not set; pass it to the Trainer")
         self._start_ranks()
-        self._parts = find_parts(self, model, datamodule)
-        is_finished = False
+        is_finished, parts = False, find_parts(self, model, datamodule)
+        if parts is None:
+            return self._ended(False)
+        self._parts = parts
         with self._running(model, datamodule, self.train_exceptions) as engine:
             self._fitted = None
             is_finished = self._fit(engine, model, datamodule)
@@ -192,6 +195,7 @@ class Trainer:
         call = partial(self._stops.setup, engine)
         model._run_setup(engine, for_inference=False, call=call)
         found = model._holdings()
+        check_anew(found.networks.values())
         if found.has_strangers():
             raise ModelError(
                 "an optimizer trains parameters that are in no network among the "

@@ -24,7 +24,9 @@ class Votes:
         world = distributed.group.WORLD
         self._group: Any = world if is_there else distributed.new_group(backend="gloo")
         self._rank, self._ranks = distributed.get_rank(), distributed.get_world_size()
-        self._sent, self._got = torch.zeros(2, 1, dtype=torch.uint8).unbind()
+        self._sent, self._got = torch.zeros(
+            2, 1, dtype=torch.uint8, device="cpu"
+        ).unbind()
 
     def any_of(self, flags: tuple[bool, ...]) -> list[bool]:
         """Whether any rank says yes, to up to 8 questions; every rank must call."""

@@ -13,7 +13,7 @@ from helios.callbacks.base import Callback, overridden
 from helios.data.fetching import shape_of
 from helios.engine import Engine
 from helios.failures.bundle import Wish, write_bundle
-from helios.health.watch import samples_of
+from helios.health.numbers import samples_of
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import get_root_logger
 from helios.session import Session

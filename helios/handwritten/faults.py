@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import TracebackType
 
 from helios.callbacks.base import Callback, overridden
@@ -14,6 +15,7 @@ from helios.session import Session
 
 #: Going back would be the loop's business, which goes on behind its batch.
 POLICIES = ("warn", "stop", "skip", None)
+_TOLD = "_helios_has_told"  # of an exception
 
 
 @contextlib.contextmanager
@@ -22,24 +24,29 @@ def failures_told(session: Session, wish: Wish) -> Iterator[Callable[..., None]]
 
     Gives what does so, for an exception that somebody has at hand. Each is told once.
     """
-    told: BaseException | None = None
+    is_open = True
 
     def tell(error: BaseException) -> None:
-        nonlocal told
-        if error is told or isinstance(error, SystemExit):
+        if hasattr(error, _TOLD) or isinstance(error, SystemExit):
             return
-        told = error
+        setattr(error, _TOLD, True)
         advise(error, session)
         what = f"rank {session.engine.rank} failed {place_of(session)}"
         session.logger.critical("%s", what, exc_info=error)
-        write_bundle(wish, session, error)
-        for hook in overridden(session.callbacks, Callback.on_exception):
-            hook(session, error)
+        hooks = overridden(session.callbacks, Callback.on_exception)
+        actions: list[Callable[..., None]] = [partial(write_bundle, wish), *hooks]
+        for action in actions:
+            try:
+                action(session, error)
+            except Exception as other:  # the first failure is the one to be raised
+                other.__context__ = None
+                session.logger.critical("%s, while it ended", what, exc_info=other)
 
     def hook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        tell(error)
+        if is_open:
+            tell(error)
         before(kind, error, trace)
 
     before, sys.excepthook = sys.excepthook, hook
@@ -47,5 +54,6 @@ def failures_told(session: Session, wish: Wish) -> Iterator[Callable[..., None]]
         with native_crashes():
             yield tell
     finally:
+        is_open = False  # another session's may lie on top
         if sys.excepthook is hook:
             sys.excepthook = before

@@ -174,7 +174,6 @@ class Session(session.Session):
         self._tell = self._surroundings.enter_context(failures_told(self, wish))
         self._health = Health(self, bad_numbers, accelerator)
         self._surroundings.callback(self._health.detach)
-        self._watches_numbers = bad_numbers is not None
         atexit.register(self.close)
         try:
             self._was_resumed = self.restore(resume, allow_inexact=allow_inexact)
@@ -202,10 +201,12 @@ class Session(session.Session):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._tell(error)
-        self._train = None  # which ends it now, and not with the interpreter
-        self.close()
+        try:
+            if error is not None:
+                self._tell(error)
+        finally:
+            self._train = None  # which ends it now, and not with the interpreter
+            self.close()
 
     def epochs(self, total: int | None = None) -> Iterator[int]:
         """The epochs that are left of ``total`` (None: for ever), counted from 0.
@@ -237,8 +238,7 @@ class Session(session.Session):
         guards, state = self._guards, self.state
         guards.enter_context(self.stops.joined(self.engine, self._folder))
         guards.enter_context(watched(self, self._hang_timeout_s))
-        if self._watches_numbers:
-            self._health.begin()
+        self._health.begin()
         with guards:
             if state.epoch_stage == EpochStage.CLOSED:
                 self._meet(next(self._events))
@@ -261,6 +261,7 @@ class Session(session.Session):
         self._train = None
         if self.state.epoch_stage != EpochStage.COMPLETE:
             # The loop has left the epoch by `break`, behind a batch that counts.
+            self._health.after_batch()
             self.state.epoch_stage = EpochStage.COMPLETE
             next(self._events)
             self._end_training()
@@ -296,7 +297,7 @@ class Session(session.Session):
     def _train_batches(self, run: Run) -> Iterator[Any]:
         loader, state = self._loaders.open(TRAIN), self.state
         accelerator, window = self.engine.accelerator, self.schedule.accumulation_steps
-        count, watches = loader.batches_per_epoch, self._watches_numbers
+        count, health = loader.batches_per_epoch, self._health
         with loader.reported():
             while True:
                 boundary = next(self._events)
@@ -309,11 +310,9 @@ class Session(session.Session):
                         is_step and not ends_window
                     )
                     accelerator.step = done % window
-                    if watches:
-                        self._health.before_batch()
+                    health.before_batch()
                     yield run.batch
-                    if watches:
-                        self._health.after_batch()
+                    health.after_batch()
                     continue
                 self._meet(boundary)
                 if state.epoch_stage == EpochStage.COMPLETE:

@@ -12,13 +12,13 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from helios.data.batches import listed
 from helios.engine import inner_optimizer
 from helios.errors import BadNumbersError
+from helios.health.numbers import Found, Value, Watched, Where, dense, together
 from helios.session import Session
 from helios.sharding import is_sharded
 from helios.state import TrainingState
@@ -26,39 +26,13 @@ from helios.state import TrainingState
 POLICIES = ("warn", "stop", "skip", "rollback", None)
 # In what a rank has read, which is saved with it.
 LEFT_OUT, SKIPPED, BUFFERS = "left_out", "skipped_steps", "buffers_before"
+WINDOW = "seen_in_window"
 REASON = "numbers have gone bad"  # for a stop
 _WARN_EVERY = 32  # batches
 _AHEAD = 8  # copies that may be under way
-_SHOWN = 64  # samples that a message names
 _GRADIENT = "gradient"
 
 Step: TypeAlias = Callable[[Any, TrainingState], None]
-#: What it is, and a number or a tensor.
-Value: TypeAlias = tuple[str, Any]
-
-
-class Where(NamedTuple):
-    """A batch of this rank, and the step that it is a part of."""
-
-    batch: int  # batches of the run before it
-    step: int
-    epoch: int
-    number: int  # within the epoch
-    samples: Any  # their indices, where they have any
-
-    def __str__(self) -> str:
-        at = f"step {self.step} (epoch {self.epoch}, batch {self.number})"
-        return f"{at}, {samples_of(self.samples)}"
-
-
-Watched: TypeAlias = tuple[Where, list[Value]]
-
-
-class Found(NamedTuple):
-    """Bad numbers of a batch, in words."""
-
-    where: Where
-    what: str
 
 
 class RollBack(Exception):
@@ -84,7 +58,10 @@ class Health:
         self._calls = accelerator or session.engine
         self._every = _WARN_EVERY if policy in ("warn", "skip") else 1
         self._values: list[Value] = []  # of the batch in work
+        self._takes = self._takes_all = accelerator is None
         self._window: list[Watched] = []  # "skip": before the step
+        #: And what was judged before, as a checkpoint was to be saved.
+        self._seen: list[tuple[Where, str | None]] = []
         self._open: list[Watched] = []  # not looked at yet
         self._copies: list[Any] = []  # under way to the host
         self._found: Found | None = None
@@ -124,11 +101,13 @@ class Health:
         return step
 
     def begin(self) -> None:
-        """Forget what an earlier way through these batches has left."""
+        """Forget what an earlier way through these batches has left, if any."""
         self._open, self._values, self._window, self._copies = [], [], [], []
         self._found = None
         if self._policy != "skip":
             return
+        seen = self._session.reading.pop(WINDOW, ())
+        self._seen = [(Where(*where), what) for where, what in seen]
         live = [*self._model._holdings().buffers().values()]
         # Inside a window, those from before it have been saved.
         olds = self._session.reading.get(BUFFERS, live)
@@ -139,7 +118,8 @@ class Health:
             self._session.reading[BUFFERS] = [old for _, old in self._buffers]
 
     def before_batch(self) -> None:
-        """Keep what "skip" puts back; before each batch, where there is a policy."""
+        """Keep what "skip" puts back; before each batch."""
+        self._takes = True
         window = self._session.schedule.accumulation_steps
         if self._buffers and self._session.state.dataset_iter % window == 0:
             for live, old in self._buffers:
@@ -153,6 +133,8 @@ class Health:
         """
         self._look()
         self._read(0)
+        if self._policy == "skip":
+            self._judge_window()
         if self._policy in ("warn", "skip"):
             return
         engine, window = self._session.engine, self._session.schedule.accumulation_steps
@@ -162,10 +144,11 @@ class Health:
         where = min((f.where for f in found), key=lambda w: w.batch)
         reason = "; ".join(f.what for f in found if f.where.batch == where.batch)
         if self._policy == "stop":
+            other = ' or "rollback"' if self._takes_all else ""
             raise BadNumbersError(
                 f"{reason}. The last checkpoint is from before that. The same command "
                 "comes to the same numbers: change what makes them, or pass "
-                '`bad_numbers="skip"` or "rollback"'
+                f'`bad_numbers="skip"`{other}'
             )
         first = where.batch - where.number % window
         raise RollBack(range(first, first + window), reason)
@@ -176,11 +159,17 @@ class Health:
         backward = calls.backward
 
         def watched(loss: Any, *args: Any, **kwargs: Any) -> None:
-            self._values.append(("loss", loss.detach()))
+            if self._takes:
+                self._values.append(("loss", loss.detach()))
             backward(loss, *args, **kwargs)
 
+        def give_back() -> None:
+            self._takes = self._takes_all = False
+            if calls.backward is watched:  # else another session's lies on top
+                calls.backward = backward
+
         calls.backward = watched
-        self._undo.callback(setattr, calls, "backward", backward)
+        self._undo.callback(give_back)
         self._session.before_save = self.settle
         for optimizer in self._model._holdings().optimizers.values():
             if self._policy == "skip":
@@ -201,8 +190,10 @@ class Health:
         )
 
     def after_batch(self) -> None:
-        """Look at what it has left; after each batch, where there is a policy."""
-        values, self._values = self._values, []
+        """Look at what it has left; after each batch."""
+        if self._policy is None:
+            return
+        values, self._values, self._takes = self._values, [], self._takes_all
         for name, value in self._model._loss_items.items():
             if isinstance(value, torch.Tensor):
                 values.append((name, value.detach()))
@@ -214,7 +205,7 @@ class Health:
             if not self._session.engine.accelerator.sync_gradients:
                 self._window.append((self._where(), values))
                 return
-            self._window = []
+            self._window, self._seen = [], []
         self._open.append((self._where(), values))
         if len(self._open) >= self._every:
             self._look()
@@ -225,7 +216,7 @@ class Health:
         batches, self._open = self._open, []
         if not batches:
             return
-        numbers = _numbers([v for _, values in batches for v in values])
+        numbers = together([v for _, values in batches for v in values])
         event = None
         if numbers.is_cuda:
             pinned = torch.empty_like(numbers, device="cpu", pin_memory=True)
@@ -281,7 +272,7 @@ class Health:
         """Have a flag put on the device where a gradient is not finite."""
         groups = optimizer.param_groups
         grads = [p.grad for g in groups for p in g["params"] if p.grad is not None]
-        if not grads:
+        if not (grads and self._takes):
             return
         first = grads[0]
         if not self._flags:
@@ -296,7 +287,7 @@ class Health:
             torch._amp_foreach_non_finite_check_and_unscale_(grads, flag, self._one)
         except RuntimeError:  # of several devices, sparse, complex
             for grad in grads:
-                flag += (~torch.isfinite(_dense(grad.detach()))).any()
+                flag += (~torch.isfinite(dense(grad.detach()))).any()
         self._values.append((_GRADIENT, flag))
 
     def _guard(self, optimizer: Any) -> None:
@@ -327,50 +318,36 @@ class Health:
             self._look_at_gradients(optimizer)
         batches = [*self._window, (self._where(), self._values)]
         self._values = []
-        numbers = _numbers([v for _, values in batches for v in values])
+        numbers = together([v for _, values in batches for v in values])
         found = self._bad(batches, numbers.tolist())
-        if not engine.agree(bool(found)):
+        whats = [what for _, what in self._seen if what] + [f.what for f in found]
+        if not engine.agree(bool(whats)):
             return False
-        self._window, self._skipped_at = [], state.global_iteration
+        left_out = [*(where for where, _ in self._seen), *(w for w, _ in batches)]
+        self._window, self._seen = [], []
+        self._skipped_at = state.global_iteration
         for live, old in self._buffers:
             live.copy_(old)
         reading = self._session.reading
         reading[SKIPPED] = reading.get(SKIPPED, 0) + 1
-        own = found[0].what if found else None
+        own = whats[0] if whats else None
         told = [what for what in engine.gather_objects(own) if what is not None]
         self._session.logger.log(
             logging.WARNING if engine.is_main else logging.INFO,
             "STEP %d IS SKIPPED, %d so far: %s",
             *(state.current_iteration + 1, reading[SKIPPED], "; ".join(told)),
         )
-        for where, _ in batches:
+        for where in left_out:
             self._session.logger.info("skipped on rank %d: %s", engine.rank, where)
         return True
 
-
-def samples_of(indices: Any) -> str:
-    """The samples of a batch, in words."""
-    if indices is None:
-        return "of a stream, whose samples have no numbers"
-    found = listed(indices)
-    if len(found) > _SHOWN:
-        return f"samples {found[:_SHOWN]} and {len(found) - _SHOWN} more"
-    return f"samples {found}"
-
-
-def _dense(grad: Any) -> Any:
-    """The numbers of a gradient that are on this rank."""
-    local = grad.to_local() if is_sharded(grad) else grad
-    return local.coalesce().values() if local.is_sparse else local
-
-
-def _numbers(values: list[Value]) -> torch.Tensor:
-    """All of them in one tensor, where they are."""
-    flat = [value for _, value in values]
-    try:
-        return torch.stack(flat)
-    except (RuntimeError, TypeError):  # plain numbers, or of several shapes or devices
-        tensors = [torch.as_tensor(v) for v in flat]
-        device = next((t.device for t in tensors if t.device.type != "cpu"), None)
-        sums = [t.to(device or "cpu", torch.float64).sum() for t in tensors]
-        return torch.stack(sums) if sums else torch.zeros(0)
+    def _judge_window(self) -> None:
+        """Look at what the open window has so far: a resume has no numbers of it."""
+        for batch in self._window:
+            found = self._bad([batch], together(batch[1]).tolist())
+            self._seen.append((batch[0], found[0].what if found else None))
+        self._window = []
+        reading = self._session.reading
+        reading.pop(WINDOW, None)
+        if self._seen:
+            reading[WINDOW] = [(tuple(where), what) for where, what in self._seen]

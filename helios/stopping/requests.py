@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NoReturn
 from helios.engine import Engine
 from helios.loggers.text import get_root_logger
 from helios.stopping.slurm import requeue
-from helios.stopping.status import EXIT_INTERRUPTED, end_soon, exit_status
+from helios.stopping.status import EXIT_INTERRUPTED, exit_status
 
 #: A file of this name in the folder of the checkpoints asks for a stop.
 STOP_FILE = "stop"
@@ -199,7 +199,6 @@ class Stops:
 
     def leave(self, engine: Engine) -> None:
         """Do what a run does last that was stopped; every rank must call."""
-        end_soon()
         if engine.agree(self.wants_requeue) and engine.is_main:
             requeue()
 
@@ -253,7 +252,8 @@ class Stops:
                 requeue()
             _end(exit_status())
         elif name == "meeting":
-            _end(exit_status())
+            if not self._has_joined:  # which may have been while it was armed
+                _end(exit_status())
         else:
             get_root_logger().critical("interrupted twice: ended at once")
             _end(EXIT_INTERRUPTED)

@@ -183,10 +183,21 @@ class SpoiledRandom(RandomModel):
         super().train_step((ids, inputs, targets), state)
 
 
-@pytest.mark.parametrize("window", [1, 2, 3])
-def test_run_with_skipped_steps_resumes_anywhere(tmp_path, window):
+class SpoiledLoss(RandomModel):
+    """Has bad losses, and good gradients: nothing of it is left in the window."""
+
+    def backward(self, loss):
+        is_bad = self._session.state.global_iteration in SpoiledRandom.batches
+        super().backward(loss + math.inf if is_bad else loss)
+
+
+@pytest.mark.parametrize(
+    ("model", "window"),
+    [(SpoiledRandom, 1), (SpoiledRandom, 2), (SpoiledRandom, 3), (SpoiledLoss, 3)],
+)
+def test_run_with_skipped_steps_resumes_anywhere(tmp_path, model, window):
     options = {"total_steps": 3, "valid_frequency": 1, "accumulation_steps": window}
-    Case(SpoiledRandom, bad_numbers="skip", **options).check(tmp_path)
+    Case(model, bad_numbers="skip", **options).check(tmp_path)
 
 
 def test_skipped_step_leaves_no_trace_in_the_network_and_its_optimizers(tmp_path):
@@ -381,7 +392,7 @@ def test_look_at_gradients_changes_no_bit_of_them():
     parameter = nn.Parameter(torch.tensor([1e-42, -0.0, 3e38, 1.1]))
     parameter.grad = torch.tensor([1e-42, -0.0, 3e38, 1.1])
     health = Health.__new__(Health)
-    health._flags, health._values = [], []
+    health._flags, health._values, health._takes = [], [], True
     health._look_at_gradients(torch.optim.SGD([parameter]))
     assert health._values[0][1].item() == 0
     assert parameter.grad.view(torch.int32).equal(parameter.data.view(torch.int32))

@@ -1,14 +1,19 @@
 """Faults of loops by hand: numbers gone bad, limits of time, exceptions, bundles."""
 
+import gc
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
+import torch
 from support import ByHand, Stop
 
+import helios
 from helios.checkpoint import find_last_checkpoint, read_checkpoint
 from helios.errors import BadNumbersError
 from helios.stopping.status import EXIT_STOPPED
@@ -50,8 +55,8 @@ def test_stop_ends_the_loop_before_anything_more_is_saved(tmp_path, window):
         assert all(w.isfinite().all() for w in record.tree("model")["net"].values())
 
 
-def skipping(root, window):
-    return loop(root, "skip", 2, 9, window=window, length=24)
+def skipping(root, window, spoils):
+    return loop(root, "skip", 2, 9, window=window, length=24, spoils=spoils)
 
 
 def without_logs(outcome):
@@ -59,15 +64,102 @@ def without_logs(outcome):
     return {name: value for name, value in outcome.items() if name != "logged"}
 
 
-@pytest.mark.parametrize("window", [1, 2])
-def test_loop_with_skipped_steps_resumes_anywhere(tmp_path, window, capsys):
-    whole = skipping(tmp_path / "whole", window)
+# Of a loss alone nothing is left in the gradients of the window.
+@pytest.mark.parametrize(("window", "spoils"), [(1, "inputs"), (2, "loss")])
+def test_loop_with_skipped_steps_resumes_anywhere(tmp_path, window, spoils, capsys):
+    whole = skipping(tmp_path / "whole", window, spoils)
     outcome = without_logs(whole.chained())
     assert all(weight.isfinite().all() for weight in whole.net.state_dict().values())
     assert "2 so far" in capsys.readouterr().err
     for batch in range(17):
-        parts = skipping(tmp_path / f"{batch}", window)
+        parts = skipping(tmp_path / f"{batch}", window, spoils)
         assert without_logs(parts.chained(Stop(batch=batch))) == outcome, batch
+
+
+class Leaving(ByHand):
+    """Leaves each epoch by `break`, behind its third batch."""
+
+    def train(self, session, stop_at):
+        for number, (ids, inputs, targets) in enumerate(session.batches("train")):
+            self.ids.append(ids.tolist())
+            is_spoiled = session.state.global_iteration in self.spoiled
+            loss = self.loss(inputs * (math.nan if is_spoiled else 1), targets)
+            self.accelerator.backward(loss)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            if number == 2:
+                break
+
+
+@pytest.mark.parametrize("policy", ["warn", "stop", "skip"])
+def test_batch_behind_which_the_loop_leaves_is_watched(tmp_path, capsys, policy):
+    options = {"bad_numbers": policy, "save_every": "epoch"}
+    leaving = Leaving(tmp_path / "run", spoiled=(2, 5), options=options)
+    if policy == "stop":
+        with pytest.raises(BadNumbersError, match=r"step 3 \(epoch 0, batch 2\)"):
+            leaving.run()
+        assert find_last_checkpoint(tmp_path) is None
+        return
+    assert leaving.run()
+    said = capsys.readouterr().err
+    if policy == "warn":
+        assert "at step 3 (epoch 0, batch 2)" in said
+        return
+    assert "2 so far" in said
+    weights = leaving.net.state_dict().values()
+    assert all(weight.isfinite().all() for weight in weights)
+
+
+def test_what_is_trained_outside_of_batches_is_left_alone(tmp_path):
+    class Outside(ByHand):
+        def validate(self, session, stops):
+            self.session = session
+            weight = torch.ones(1, requires_grad=True)
+            for _ in range(50):
+                self.accelerator.backward(weight * math.nan)
+            return super().validate(session, stops)
+
+    outside = Outside(tmp_path / "run", options={"bad_numbers": "stop"})
+    assert outside.run()
+    assert outside.session._health._values == []
+
+
+def test_failure_is_told_whatever_fails_then_and_leaves_no_memory(tmp_path, capsys):
+    class Failing(helios.Callback):
+        def on_exception(self, session, error):
+            raise RuntimeError("of the hook")
+
+    trained, alive = ByHand(tmp_path / "run", options={"callbacks": []}), []
+
+    def fail(inputs, targets):
+        activations = inputs * 2
+        alive.append(weakref.ref(activations))
+        raise ValueError("on purpose")
+
+    def run():
+        trained.make()
+        session = helios.Session(
+            trained.accelerator,
+            tmp_path / "failing",
+            loaders=trained.train_loader,
+            callbacks=[Failing()],
+        )
+        with session:
+            for _ in session.epochs(1):
+                for _, inputs, targets in session.batches():
+                    fail(inputs, targets)
+
+    with pytest.raises(ValueError, match="on purpose"):
+        run()
+    said = capsys.readouterr().err
+    assert said.index("ValueError: on purpose") < said.index(
+        "RuntimeError: of the hook"
+    )
+    assert sys.excepthook is sys.__excepthook__
+    assert trained.accelerator.backward.__qualname__ == "Accelerator.backward"
+    gc.collect()
+    assert alive[0]() is None
 
 
 def test_objects_are_left_as_they_were_when_the_session_ends(tmp_path):
@@ -146,7 +238,7 @@ def test_limit_of_time_stops_a_loop_that_goes_on_later(tmp_path, whole):
 
 def test_loop_that_does_not_come_to_its_end_in_time_is_ended(tmp_path, whole):
     hang = {"AT": "7", "DO": "session.request_stop('the test'); time.sleep(600)"}
-    options = "{'stop_grace_s': 0.2, 'save_every': 2}"
+    options = "{'stop_grace_s': 0.2, 'save_every': 2, 'async_save': False}"
     done = run(cwd=tmp_path, OPTIONS=options, **hang)
     assert done.returncode == EXIT_STOPPED, done.stderr
     assert "NO END WITHIN `stop_grace_s`" in done.stderr

@@ -1,6 +1,8 @@
 """A batch size that is found before the run, by trying."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from support import IdModel, IndexData, StopAt, digest, run_ranks, train
 
 import helios
 from helios.checkpoint import CheckpointStore
-from helios.errors import LaunchError
+from helios.errors import LaunchError, ModelError
 
 OPTIONS = {"total_steps": 2, "batch_size": "auto"}
 
@@ -90,6 +92,44 @@ def test_run_that_goes_on_keeps_its_size_without_trying(tmp_path, capsys):
     assert sizes(third) == {4}
 
 
+def test_hooks_that_need_what_a_step_leaves_are_no_hindrance(tmp_path):
+    class Reading(Large):
+        def on_training_batch_end(self, state, should_log=False):
+            super().on_training_batch_end(state, should_log)
+            assert self._loss_items["loss"] is not None
+
+    model = Reading(3)
+    assert train(model, IndexData(24, batch_size=12), tmp_path, **OPTIONS)[0]
+    assert sizes(model) == {3}
+
+
+def test_network_that_trials_would_have_trained_is_refused(tmp_path):
+    class Made(IdModel):
+        def __init__(self):
+            super().__init__()
+            self.made = torch.nn.Linear(1, 1)
+
+        def setup(self, for_inference=False):
+            self.net = self.made
+            self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.01)
+
+    with pytest.raises(ModelError, match="make it in `setup`"):
+        train(Made(), IndexData(8, batch_size=4), tmp_path, **OPTIONS)
+    assert train(Made(), IndexData(8, batch_size=4), tmp_path, total_steps=1)[0]
+
+
+def test_stop_that_is_asked_for_in_a_trial_is_not_lost(tmp_path, capsys):
+    class Stopping(Large):
+        def train_step(self, batch, state):
+            super().train_step(batch, state)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    model = Stopping(100)
+    assert not train(model, IndexData(24, batch_size=4), tmp_path, **OPTIONS)[0]
+    assert len(model.batches) == 1
+    assert "SIGTERM: stopped before training, to start again" in capsys.readouterr().err
+
+
 def test_network_that_is_too_large_for_any_batch_is_told(tmp_path):
     with pytest.raises(LaunchError, match="no part of the batch of 4 fits"):
         train(Large(0), IndexData(8, batch_size=4), tmp_path, **OPTIONS)
@@ -132,19 +172,31 @@ class Large(IdModel):
         self.net.register_buffer("shared", torch.zeros(1))  # with each forward
         self.batches.clear()  # those of trials
     def train_step(self, batch, state):
-        if len(batch) > rooms[rank]:
+        if rooms[rank] != "none" and len(batch) > rooms[rank]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
         super().train_step(batch, state)
+    def on_training_batch_end(self, state, should_log=False):
+        assert self._loss_items  # which only a step leaves
+        super().on_training_batch_end(state, should_log)
+    def batch_to_device(self, batch, phase):
+        if rank == 1 and rooms[rank] == "none":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
+        return super().batch_to_device(batch, phase)
 
 model = Large()
+if "none" not in rooms:
+    model.train_step = model.train_step  # as of a step that was compiled
 trainer = helios.Trainer(
     use_cpu=True, total_steps=2, batch_size=sys.argv[2] or None, chkpt_root="runs",
     accumulation_steps=int(sys.argv[4]),
 )
 try:
     trainer.fit(model, IndexData(32, batch_size=int(sys.argv[3]), shuffle=True))
+    assert ("train_step" in vars(model)) == ("none" not in rooms)
     report = [digest(model.net.state_dict()), model.batches]
 except LaunchError as error:
+    if "outside" in str(error):
+        raise
     report = str(error)
 pathlib.Path(f"report_{rank}.json").write_text(json.dumps(report))
 torch.distributed.barrier()
@@ -175,3 +227,10 @@ def test_ranks_that_have_no_room_for_any_batch_are_told(tmp_path):
     told = on_ranks(tmp_path / "none", [100, 0], "auto", 4)
     assert told[0] == told[1]
     assert "no part of the batch of 4 fits" in told[0]
+
+
+def test_memory_that_is_too_small_outside_of_a_step_ends_the_ranks(tmp_path):
+    with pytest.raises(
+        AssertionError, match="out of memory outside of its `train_step`"
+    ):
+        on_ranks(tmp_path / "elsewhere", [100, "none"], "auto", 4)

@@ -41,7 +41,8 @@ class ByHand:
     is_prepared: bool = True
     is_seedable: bool = True
     rank: int = 0  # which is to stop
-    spoiled: tuple = ()  # its batches, counted from 0, whose inputs are NaN
+    spoiled: tuple = ()  # its batches, counted from 0, that have bad numbers
+    spoils: str = "inputs"  # or "loss": the gradients are finite
     options: dict = dataclasses.field(default_factory=dict)
 
     def make(self):
@@ -140,10 +141,14 @@ class ByHand:
         for ids, inputs, targets in session.batches("train"):
             self.ids.append(ids.tolist())
             is_mine = self.accelerator.process_index == self.rank
+            kind = None
             if is_mine and session.state.global_iteration in self.spoiled:
+                kind = self.spoils
+            if kind == "inputs":
                 inputs = inputs * math.nan
             with session.accumulate():
                 loss = self.loss(inputs, targets)
+                loss = loss + math.inf if kind == "loss" else loss
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     self.accelerator.clip_grad_norm_(self.net.parameters(), 1.0)

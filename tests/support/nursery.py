@@ -3,11 +3,13 @@
 A rank that starts from nothing spends seconds on imports. Requests come as lines of
 JSON; of each the leader of the ranks' process group is told, and how they have ended.
 Ranks have the environment that torchrun would give them. What else differs from
-processes of a launcher: the seed of Python's hashes is that of this process.
+processes of a launcher: the seed of Python's hashes is that of this process, and they
+end before the interpreter's own end. Tests of launchers have ranks of the other kind.
 """
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import gc
 import json
@@ -109,6 +111,7 @@ def _be(rank, ranks, port, script, arguments):
 def _end(program):
     """Run a program as a process of its own would, and end; it does not return."""
     code = 0
+    faulthandler.enable()  # a SIGABRT shows where it is
     try:
         program()
     except SystemExit as ended:
@@ -121,11 +124,12 @@ def _end(program):
         except BaseException:
             traceback.print_exc()
         code = 1
-    finally:
+    try:
         threading._shutdown()
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
+    finally:
         os._exit(code)
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
 _TESTS = pathlib.Path(__file__).resolve().parents[1]
 _START_S = 100  # a nursery's imports
@@ -24,8 +25,7 @@ def _nursery(tests_pid):
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
+        bufsize=0,  # `select` sees what was not read
     )
     atexit.register(nursery.stdin.close)
     return nursery
@@ -47,12 +47,14 @@ def run_ranks(script, ranks, *args, cwd, timeout_s=120):
             "environment": {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             "output": output.name,
         }
-        print(json.dumps(request), file=nursery.stdin, flush=True)
+        nursery.stdin.write(json.dumps(request).encode() + b"\n")
         leader = int(_line(nursery, _START_S))
         try:
             status = int(_line(nursery, timeout_s))
         except TimeoutError:
-            os.killpg(leader, signal.SIGKILL)
+            for number in (signal.SIGABRT, signal.SIGKILL):  # the first shows stacks
+                time.sleep(1)
+                os.killpg(leader, number)
             _line(nursery, _START_S)
             raise AssertionError(
                 f"no end after {timeout_s} s:\n{output.read()}"
