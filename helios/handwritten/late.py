@@ -6,7 +6,9 @@ from typing import Any
 
 from helios.callbacks.base import Callback
 from helios.data.adopting import AdoptedLoader
+from helios.engine import inner_optimizer
 from helios.errors import ModelError
+from helios.model.holdings import Holdings
 from helios.session import Session
 
 
@@ -19,11 +21,15 @@ def registered_with(accelerator: Any) -> list[Any]:
 class Latecomers(Callback):
     """Refuses, when training starts, what would not be saved.
 
-    Of what Accelerate knows a Session takes what is there when it is made.
+    Of what Accelerate knows a Session takes what is there when it is made, unless its
+    user has named what counts.
     """
 
+    def __init__(self, is_named: bool) -> None:
+        self._is_named = is_named
+
     def on_training_start(self, session: Session) -> None:
-        """Raise a ModelError if something has come later."""
+        """Raise a ModelError if something has come later, or is left out."""
         accelerator, model = session.engine.accelerator, session._model
         held: dict[str, Any] = vars(model)["objects"]
         now = {
@@ -31,7 +37,7 @@ class Latecomers(Callback):
             "optimizers": accelerator._optimizers,
             "schedulers": accelerator._schedulers,
         }
-        if not now.keys() <= held.keys():  # the user has named what counts
+        if self._is_named:
             now = {}
         now["registered"] = registered_with(accelerator)
         for name, found in now.items():
@@ -42,3 +48,26 @@ class Latecomers(Callback):
                         "checkpointing, after the session was made, which does not "
                         "save it; make the session behind all of that"
                     )
+        _check_schedulers(model._holdings())
+
+
+def _check_schedulers(found: Holdings) -> None:
+    """Raise a ModelError if an optimizer has a scheduler that is not among these."""
+    if found.others:  # one of which may have it, and save it
+        return
+    known = set[int]()
+    for scheduler in found.schedulers.values():
+        inner = getattr(scheduler, "scheduler", scheduler)
+        own = getattr(inner, "optimizer", None) or getattr(inner, "_optimizer", None)
+        known.add(id(inner_optimizer(own)))
+    for path, optimizer in found.optimizers.items():
+        inner = inner_optimizer(optimizer)
+        # A mark that torch's schedulers leave.
+        steps = inner.step, optimizer.step
+        has_one = any(getattr(s, "_wrapped_by_lr_sched", False) for s in steps)
+        if has_one and id(inner) not in known:
+            raise ModelError(
+                f"a scheduler was made for `{path}`, and is not among what the session "
+                "saves: pass it, as `scheduler=scheduler`, or prepare or register it "
+                "before the session is made"
+            )

@@ -109,9 +109,10 @@ class Session(session.Session):
     ) -> None:
         if isinstance(loaders, DataLoader):
             loaders = {TRAIN: loaders}
+        late = Latecomers(is_named=bool(objects))
         objects = check_arguments(vars() | objects, objects)
         root, traced = traces(os.path.abspath(path))
-        callbacks = [Latecomers(), *callbacks, *traced]
+        callbacks = [late, *callbacks, *traced]
         resume = "auto" if traced else resume
         if (replay := replayed(root.name)) is not None:
             callbacks, resume = [*callbacks, replay.callback], replay.resume
@@ -297,7 +298,7 @@ class Session(session.Session):
     def _train_batches(self, run: Run) -> Iterator[Any]:
         loader, state = self._loaders.open(TRAIN), self.state
         accelerator, window = self.engine.accelerator, self.schedule.accumulation_steps
-        count, health = loader.batches_per_epoch, self._health
+        health = self._health
         with loader.reported():
             while True:
                 boundary = next(self._events)
@@ -305,10 +306,10 @@ class Session(session.Session):
                     done = state.dataset_iter
                     is_step = window == 1 or accelerator.sync_gradients
                     ends_window = (done + 1) % window == 0
+                    in_work: Any = self.engine.loaded, run._feed
+                    loader.mark(*in_work)
                     # For `accelerate.accumulate`, which is then of the same opinion.
-                    loader.end_of_dataloader = done + 1 == count or (
-                        is_step and not ends_window
-                    )
+                    loader.end_of_dataloader |= is_step and not ends_window
                     accelerator.step = done % window
                     health.before_batch()
                     yield run.batch

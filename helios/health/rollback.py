@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from helios.checkpoint import find_damage
 from helios.data.datamodule import DataModule
 from helios.errors import BadNumbersError
-from helios.health.watch import LEFT_OUT, REASON, Health, RollBack
+from helios.health.watch import LEFT_OUT, Health, RollBack
 from helios.loop import OF_ANOTHER, Run
 from helios.model.model import Model
 from helios.session import Session
@@ -45,6 +45,8 @@ def fit(
             is_finished = run.fit()
         except RollBack as wish:
             del run  # and its loader's workers
+            session.stops.withdraw(OF_ANOTHER)  # who asks for a stop, asks again
+            session.frozen = None  # a validation of what is not to be
             in_a_row = in_a_row + 1 if wish.batches.start == end else 1
             end = wish.batches.stop
             if in_a_row > _MOST:
@@ -95,9 +97,6 @@ def _go_back(
         *(wish, path.name),
     )
     left_out = {*session.reading.get(LEFT_OUT, ()), *wish.batches}
-    # A stop that somebody else asks for is still to come.
-    if (session.stop_reason or REASON).startswith((REASON, OF_ANOTHER)):
-        session.stops.withdraw()
     trainer._bar.close()
     with contextlib.suppress(OSError):
         session.journal.writer.close()  # and begun again behind the checkpoint

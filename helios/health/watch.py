@@ -244,7 +244,7 @@ class Health:
         if self._policy in ("stop", "rollback"):
             if self._found is None:
                 self._found = found[0]
-                session.request_stop(f"{REASON}: {found[0].what}")
+                session.stops.request(f"{REASON}: {found[0].what}", is_own=True)
             return
         more = ""
         if len(found) > 1:

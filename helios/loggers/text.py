@@ -19,7 +19,8 @@ class _ConsoleHandler(logging.Handler):
     """Writes above whatever progress bar is on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        with contextlib.suppress(OSError):  # it may be a file, on a disk that is full
+            tqdm.write(self.format(record), file=sys.stderr)
 
 
 def get_root_logger() -> logging.Logger:

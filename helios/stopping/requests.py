@@ -101,6 +101,7 @@ class Stops:
         self, *, max_time_s: float | None = None, grace_s: float | None = None
     ) -> None:
         self.reason: str | None = None
+        self._is_own = False  # the reason is the run's own, and may be withdrawn
         self.wants_requeue = False
         #: What SIGUSR2 does: once there is a session, a checkpoint.
         self.request_save: Callable[[], None] = lambda: None
@@ -115,11 +116,13 @@ class Stops:
         self._before: dict[signal.Signals, Any] = {}
         self._before_fd = -1
 
-    def request(self, reason: str) -> None:
-        """Ask for a stop; any thread. The first reason counts."""
-        if self.reason is not None:
+    def request(self, reason: str, *, is_own: bool = False) -> None:
+        """Ask for a stop; any thread. The first reason counts, but for a run's own."""
+        if self.reason is not None and (is_own or not self._is_own):
             return
-        self.reason = reason
+        self.reason, self._is_own = reason, is_own
+        if is_own:
+            return
         self._alarms.arm("grace", self._grace_s)
         if not self._has_joined:
             self._alarms.arm("meeting", _MEET_S)
@@ -129,10 +132,11 @@ class Stops:
             assert main.ident is not None
             signal.pthread_kill(main.ident, signal.SIGTERM)  # where it sleeps, too
 
-    def withdraw(self) -> None:
-        """Forget what was asked for: it has been done in another way."""
-        self.reason = None
-        self._alarms.disarm("grace")
+    def withdraw(self, reason: str) -> None:
+        """Forget a reason of the run's own, or that one: it was done in another way."""
+        if self._is_own or self.reason == reason:
+            self.reason, self._is_own = None, False
+            self._alarms.disarm("grace")
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -260,7 +264,9 @@ class Stops:
 
     def _look(self, file: pathlib.Path) -> None:
         while not self._ended.wait(_LOOK_EVERY_S):
-            if not file.exists():
+            try:
+                file.stat()
+            except OSError:  # it is not there, or not to be seen now
                 continue
             self.request(f"there is a file {file}")
             try:

@@ -35,8 +35,7 @@ def exit_status() -> int:
 def end_soon() -> None:
     """Have this process, once it ends, not look for garbage: for one that only waits.
 
-    Python does several times, and all that torch consists of makes that a second.
-    What a program's own garbage does at its end is left out.
+    All that torch consists of makes that a second.
     """
     global _is_to_end_soon
     _is_to_end_soon = True

@@ -79,7 +79,8 @@ class Frozen:
 
     def is_true(self) -> bool:
         """Whether the weights are those of then: one may validate moving averages."""
-        return all(map(torch.equal, self._norms, self._norms_now()))
+        pairs = zip(self._norms, self._norms_now(), strict=True)
+        return all(torch.equal(_bits(one), _bits(other)) for one, other in pairs)
 
     def _norms_now(self) -> list[torch.Tensor]:
         """The norm of each, on its device; nothing waits for it."""
@@ -125,6 +126,11 @@ def is_interrupted(session: Session, votes: Votes) -> bool:
         return False
     frozen = session.frozen
     return not session.engine.agree(frozen is not None and not frozen.is_true())
+
+
+def _bits(norm: torch.Tensor) -> torch.Tensor:
+    """Its bits: of those a NaN is the same as before."""
+    return norm.reshape(1).view(torch.uint8)
 
 
 def _local(tensor: Any) -> Any:

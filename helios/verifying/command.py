@@ -11,18 +11,16 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeAlias
+from typing import NoReturn
 
 import click
 
-from helios.verifying.comparing import Difference, Run, explain, first_difference
+from helios.verifying.comparing import Difference, explain, first_difference
+from helios.verifying.starts import Place, Starts, Traces
 
 # As in `trace`, which must be imported by the runs alone: it needs torch.
 _FOLDER, _STOP, _LAST = "HELIOS_VERIFY", "HELIOS_VERIFY_STOP", "HELIOS_VERIFY_LAST"
 _SHOWN_LINES = 30
-
-Traces: TypeAlias = dict[tuple[str, int], Run]  # by run and rank, in their order
-Place: TypeAlias = tuple[str, int]  # a run, and a batch of it
 
 
 class _Runner:
@@ -38,14 +36,11 @@ class _Runner:
         """The traces of the command, stopped at these batches."""
         folder = self._root / name
         folder.mkdir()
+        starts = Starts(folder)
         for number, stop in enumerate([*stops, None]):
             log = folder / f"{number}.log"
             status = self._start(folder, log, stop)
-            traces = Traces()
-            files = folder.glob("*.rank_*.jsonl")
-            for path in sorted(files, key=lambda file: file.stat().st_mtime_ns):
-                which, _, rank = path.stem.rpartition(".rank_")
-                traces[which, int(rank)] = Run.read(path)
+            traces = starts.read()
             # One that was stopped may say so by its exit status.
             wanted = [r for k, r in traces.items() if stop is None or k[0] == stop[0]]
             until = self._last if stop is None else stop[1]
@@ -57,6 +52,8 @@ class _Runner:
                 where = "to its end" if until is None else f"to batch {until}"
                 end = f"has not trained {where} with Helios; exit status {status}"
                 self._fail(log, end)
+            if why := starts.wrong_with(stop):
+                self._fail(folder / f"{number - 1}.log", why)
         return traces
 
     def _start(self, folder: Path, log: Path, stop: Place | None) -> int:

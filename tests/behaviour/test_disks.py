@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -205,3 +206,26 @@ def test_tracker_that_cannot_write_does_not_stop_a_run(tmp_path, capsys):
     assert train(IdModel(), IndexData(3), None, total_steps=2, log_with=[Lost()])[0]
     said = capsys.readouterr().err
     assert said.count("A TRACKER COULD NOT WRITE: the server is gone") == 3
+
+
+CONSOLE = """
+import helios
+from support import IdModel, IndexData
+
+trainer = helios.Trainer(use_cpu=True, total_steps=2, print_frequency=1)
+assert trainer.fit(IdModel(), IndexData())
+print("trained")
+"""
+
+
+def test_console_that_is_a_full_disk_does_not_stop_a_run():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", CONSOLE],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=full,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    assert done.stdout == b"trained\n"

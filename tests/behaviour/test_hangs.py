@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 from support import IdModel, IndexData, train
@@ -81,10 +82,13 @@ def test_run_in_which_nothing_goes_on_is_ended_and_says_where_it_is(tmp_path, pl
 
 
 def test_run_that_goes_on_is_left_alone(tmp_path):
-    finished, _ = train(
-        IdModel(), IndexData(), tmp_path, total_steps=2, hang_timeout_s=0.5
-    )
-    assert finished
+    class Slow(IdModel):  # all of it takes longer than what is granted to a batch
+        def train_step(self, batch, state):
+            time.sleep(0.2)
+            super().train_step(batch, state)
+
+    data = IndexData(8, batch_size=1)
+    assert train(Slow(), data, tmp_path, total_steps=1, hang_timeout_s=1)[0]
 
 
 @pytest.mark.parametrize("value", [0, -1, "1", True])

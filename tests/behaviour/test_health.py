@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -295,6 +297,54 @@ def test_stop_that_is_asked_for_is_not_lost_on_the_way_back(tmp_path):
     )
     assert not finished
     assert len(model.batches) == 6
+
+
+class Terminated(helios.Callback):
+    """Gets a signal when bad numbers are found, and the run has not gone back yet."""
+
+    def __init__(self):
+        self.reasons = []
+
+    def on_training_batch_end(self, session):
+        if session.stop_reason is not None and not self.reasons:
+            self.reasons.append(session.stop_reason)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_signal_that_comes_before_the_way_back_is_not_lost(tmp_path):
+    model, signals = Spoiled(5), Terminated()
+    options = {"chkpt_frequency": 1, **IN_STEPS, "stop_grace_s": 60}
+    finished, _ = train(
+        model, IndexData(20), tmp_path, signals, bad_numbers="rollback", **options
+    )
+    assert "numbers have gone bad" in signals.reasons[0]
+    assert not finished
+
+
+def test_validation_of_a_step_that_is_left_out_leaves_nothing(tmp_path):
+    class SpoiledOnce(RandomModel):
+        def backward(self, loss):
+            is_bad = self._session.state.global_iteration == 5
+            super().backward(loss + math.inf if is_bad else loss)
+
+    options = {"train_unit": "iteration", "total_steps": 12, "chkpt_frequency": 4}
+    options |= {"valid_frequency": 6, "bad_numbers": "rollback"}
+    stale, outcomes = [], []
+
+    class Look(helios.Callback):
+        def on_training_batch_end(self, session):
+            stale.append(session.frozen)
+
+    for stop in (None, 8):
+        root = tmp_path / f"{stop}"
+        for at in [None] if stop is None else [stop, None]:
+            model = SpoiledOnce()
+            callbacks = Look(), StopAt(batch=at)
+            finished, _ = train(model, RandomData(), root, *callbacks, **options)
+        assert finished
+        outcomes.append(digest(model.state_dict()))
+    assert {*stale} == {None}
+    assert outcomes[0] == outcomes[1]
 
 
 @pytest.mark.parametrize("policy", ["warn", "stop", "skip"])

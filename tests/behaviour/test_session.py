@@ -289,6 +289,10 @@ def test_verification_of_a_loop_tells_one_that_resumes_from_one_that_does_not(tm
     assert (done.exit_code, "IDENTICAL" in done.output) == (0, True), done.output
     done = CliRunner().invoke(main, [*map(str, common), str(tmp_path), "forgets"])
     assert done.exit_code == 1, done.output
+    # A stop after which nothing was taken up proves nothing.
+    done = CliRunner().invoke(main, [*map(str, common), str(tmp_path), "loses"])
+    assert done.exit_code == 2, done.output
+    assert "was stopped after batch 3, and has gone on with batch 1" in done.output
     done = CliRunner().invoke(main, [*map(str, common), str(tmp_path), "breaks"])
     assert (done.exit_code, "15 batches" in done.output) == (0, True), done.output
     assert not (tmp_path / "run").exists()
@@ -410,6 +414,44 @@ def test_what_is_made_after_the_session_would_not_be_saved_and_is_refused(
         epochs = session.epochs(1)
         with pytest.raises(ModelError, match="after the session was made, which does"):
             next(epochs)
+
+
+def test_scheduler_that_would_not_be_saved_is_refused(tmp_path):
+    def check(message, **objects):
+        loop = ByHand(tmp_path / "run")
+        loop.make()
+        made = torch.optim.lr_scheduler.StepLR(loop.optimizers[1], 3)
+        if objects.pop("registers", False):
+            loop.accelerator.register_for_checkpointing(made)
+        if objects:
+            objects = {"net": loop.net, "head": loop.head, "opts": loop.optimizers}
+            objects |= {"schedulers": [loop.scheduler]} if message is None else {}
+            objects |= {"made": made} if message is None else {}
+        with helios.Session(
+            loop.accelerator, tmp_path / "run", loaders=loop.train_loader, **objects
+        ) as session:
+            if message is None:
+                assert next(session.epochs(1)) == 0
+                return
+            with pytest.raises(ModelError, match=message):
+                next(session.epochs(1))
+
+    check("a scheduler was made for `optimizers.1`, and is not among")
+    check("a scheduler was made for `opts.0`, and is not among", names=True)
+    check(None, registers=True)
+    check(None, names=True)
+
+
+def test_network_that_is_not_trained_need_not_be_named(tmp_path):
+    loop = ByHand(tmp_path / "run")
+    loop.make()
+    loop.accelerator.prepare(nn.Linear(2, 2))  # a teacher
+    named = {"models": [loop.net, loop.head], "optimizers": loop.optimizers}
+    named |= {"schedulers": [loop.scheduler]}
+    with helios.Session(
+        loop.accelerator, tmp_path / "run", loaders=loop.train_loader, **named
+    ) as session:
+        assert next(session.epochs(1)) == 0
 
 
 def test_what_the_loop_does_before_it_reads_on_is_put_back_at_a_resume(tmp_path):

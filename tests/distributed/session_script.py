@@ -70,6 +70,17 @@ session = helios.Session(
 gather = loop.accelerator.gather_for_metrics
 report["counted"] = [gather(batch).tolist() for batch in session.batches("stream")]
 session.close()
+session = helios.Session(
+    loop.accelerator,
+    folder / "trained",
+    loaders=DataLoader(Stream(), 2),
+    net=net,
+    optimizer=optimizer,
+)
+report["trained"] = [
+    gather(batch).tolist() for _ in session.epochs(1) for batch in session.batches()
+]
+session.close()
 (folder / f"rank_{rank}.json").write_text(json.dumps(report))
 torch.distributed.barrier()  # ranks leave together
 torch.distributed.destroy_process_group()

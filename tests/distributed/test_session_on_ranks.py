@@ -68,13 +68,14 @@ def test_step_whose_numbers_are_bad_on_one_rank_is_skipped_on_all(tmp_path):
     assert first["weights"] == second["weights"]
     parts = run(tmp_path / "parts", 2, {"batch": 4}, {"batch": 6}, **settings)
     same(whole, parts, but=["logged"])  # a loss that is NaN equals nothing
-    record = next((tmp_path / "whole").rglob("helios.json")).read_text()
+    record = next((tmp_path / "whole" / "run").rglob("helios.json")).read_text()
     assert '"skipped_steps": 1' in record
 
 
 def test_accelerate_counts_each_sample_of_a_stream_once(whole):
     for report in whole:
         assert report["counted"] == [[0, 1, 2, 3], [4, 5, 6]]
+        assert report["trained"] == report["counted"]
 
 
 def test_what_ranks_would_train_each_by_itself_is_refused(whole):
