@@ -12,10 +12,13 @@ import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from helios.lastwords import last_words
 
 if TYPE_CHECKING:
     from helios.session import Session
@@ -58,7 +61,8 @@ def watched(session: Session, timeout_s: float | None) -> Iterator[None]:
             if now != seen:
                 seen, since_s = now, time.monotonic()
             elif time.monotonic() - since_s >= timeout_s:
-                _report(session, main, timeout_s)
+                report = partial(_report, session, main, timeout_s)
+                last_words(report, 2 * _ANSWER_S + 2)
                 for worker in multiprocessing.active_children():
                     worker.kill()  # it may be the one that hangs, and would stay
                 os._exit(EXIT_STATUS)
@@ -83,7 +87,7 @@ def _report(session: Session, main: int, timeout_s: float) -> None:
     stacks = [
         f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
         for ident, frame in frames.items()
-        if ident != threading.get_ident()
+        if names.get(ident) not in ("watchdog", "last words")
     ]
     where = _where(session, frames.get(main))
     session.logger.critical(
@@ -95,8 +99,6 @@ def _report(session: Session, main: int, timeout_s: float) -> None:
         told = threading.Thread(target=_compare, args=(session, where), daemon=True)
         told.start()
         told.join(2 * _ANSWER_S)
-    for handler in session.logger.handlers:
-        handler.flush()
 
 
 def _where(session: Session, frame: FrameType | None) -> dict[str, Any]:

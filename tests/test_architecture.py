@@ -46,6 +46,8 @@ LIMITS_LINES = {
     "sizing": 140,
     "trials": 80,
     "stopping": 470,
+    "stopping.clocks": 60,
+    "lastwords": 30,
     "evaluation": 120,
     "cli": 400,
     "testing": 400,
@@ -124,6 +126,7 @@ LAYERS = {
     "failures": 3,
     "verifying": 3,
     "stopping": 3,
+    "lastwords": 3,
     # the loops
     "evaluation": 4,
     "loop": 4,

@@ -10,13 +10,16 @@ import selectors
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any, ClassVar, NoReturn
 
 from helios.engine import Engine
+from helios.lastwords import last_words
 from helios.loggers.text import get_root_logger
+from helios.stopping.clocks import Alarms, Interrupts
+from helios.stopping.ranks import starter_folder
 from helios.stopping.slurm import requeue
 from helios.stopping.status import EXIT_INTERRUPTED, exit_status
 
@@ -25,7 +28,6 @@ STOP_FILE = "stop"
 _LOOK_EVERY_S = 1.0
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _HANDLED = (*_POLITE, signal.SIGUSR2)
-_SAME_S = 0.25  # one Ctrl-C may come twice: from the terminal, and passed on
 _UNWIND_S = 2.0  # after a second one, for what Python has to close
 _MEET_S = 2.0  # after a stop, for ranks that wait for each other at the start
 
@@ -36,56 +38,6 @@ class Interrupted(KeyboardInterrupt):
 
 class Stopped(Exception):  # no error: it is caught where the run was started
     """All ranks leave the setup."""
-
-
-class Alarms:
-    """Times at which something is due, each once; ``clock`` is in seconds."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._ends_s: dict[str, float] = {}
-
-    def arm(self, name: str, seconds: float | None) -> None:
-        """Have ``name`` due in so many seconds; None: never."""
-        if seconds is not None:
-            self._ends_s[name] = self._clock() + seconds
-
-    def left_s(self) -> float | None:
-        """Seconds until the next one; None: there is none."""
-        ends_s = [*self._ends_s.values()]
-        return max(0.0, min(ends_s) - self._clock()) if ends_s else None
-
-    def disarm(self, name: str) -> None:
-        """Have it not due any more, if it was to be."""
-        self._ends_s.pop(name, None)
-
-    def due(self) -> list[str]:
-        """Those that are due, and were not said to be so before."""
-        now_s = self._clock()
-        due = [name for name, end_s in [*self._ends_s.items()] if end_s <= now_s]
-        for name in due:
-            del self._ends_s[name]
-        return due
-
-
-class Interrupts:
-    """Counts SIGINTs: those of one moment are one."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._first_s: float | None = None
-        self._is_torchs = "TORCHELASTIC_RUN_ID" in os.environ
-
-    def is_second(self, number: int) -> bool:
-        """Note a signal; whether it interrupts once more."""
-        # When torch's launcher is interrupted twice, it passes this on the second time.
-        is_torchs = self._is_torchs and number == signal.SIGTERM
-        if number != signal.SIGINT and not (is_torchs and self._first_s is not None):
-            return False
-        now_s = self._clock()
-        if self._first_s is None:
-            self._first_s = now_s
-        return now_s - self._first_s >= _SAME_S
 
 
 class Stops:
@@ -197,7 +149,12 @@ class Stops:
         except BaseException as error:  # the user's code may have made another of ours
             if not self._was_interrupted or type(error) is KeyboardInterrupt:
                 raise
-        if engine.agree(self.reason is not None):
+        if self.reason is not None:  # the others may be in a collective of the part's
+            self._alarms.arm("setup", _MEET_S)
+            self._wake()
+        stops = engine.agree(self.reason is not None)
+        self._alarms.disarm("setup")
+        if stops:
             self.request("another rank asks to stop")
             raise Stopped
 
@@ -242,24 +199,26 @@ class Stops:
                 if self.reason != told:
                     told = self.reason
                     if told is not None:
-                        get_root_logger().info("%s: the run is to stop", told)
+                        words = "%s: the run is to stop", told
+                        last_words(partial(get_root_logger().info, *words))
 
     def _do(self, name: str) -> None:
         if name == "limit":
             self.request(f"`max_time_s` is over, {self._max_time_s:g} s")
         elif name == "grace":
-            get_root_logger().critical(
-                "NO END WITHIN `stop_grace_s`, %g S: the last checkpoint stands",
-                self._grace_s,
-            )
+            words = "NO END WITHIN `stop_grace_s`, %g S: the last checkpoint stands"
+            last_words(partial(get_root_logger().critical, words, self._grace_s))
             if self.wants_requeue and self._is_main_rank:
-                requeue()
-            _end(exit_status())
+                last_words(requeue)
+            _end_rank()
+        elif name == "setup":
+            _end_rank()
         elif name == "meeting":
             if not self._has_joined:  # which may have been while it was armed
-                _end(exit_status())
+                _end_rank()
         else:
-            get_root_logger().critical("interrupted twice: ended at once")
+            words = "interrupted twice: ended at once"
+            last_words(partial(get_root_logger().critical, words))
             _end(EXIT_INTERRUPTED)
 
     def _look(self, file: pathlib.Path) -> None:
@@ -303,10 +262,16 @@ def _be_deaf() -> None:
 os.register_at_fork(after_in_child=_be_deaf)
 
 
+def _end_rank() -> NoReturn:
+    """End this rank at once, as one that was stopped, and the others with it."""
+    status = exit_status()
+    if starter_folder() is not None:  # which waits for all, and takes a 0 for an end
+        os.kill(os.getppid(), signal.SIGTERM)
+    _end(status)
+
+
 def _end(status: int) -> NoReturn:
     """End this process at once, and the workers of its loaders."""
     for worker in multiprocessing.active_children():
         worker.kill()
-    for handler in get_root_logger().handlers:
-        handler.flush()
     os._exit(status)

@@ -10,6 +10,7 @@ import pytest
 from support import IdModel, IndexData, train
 
 import helios
+from helios.stopping.status import EXIT_STOPPED
 
 SCRIPT = """
 import sys, time
@@ -89,6 +90,50 @@ def test_run_that_goes_on_is_left_alone(tmp_path):
 
     data = IndexData(8, batch_size=1)
     assert train(Slow(), data, tmp_path, total_steps=1, hang_timeout_s=1)[0]
+
+
+LOG = """
+import fcntl, os, pathlib, signal, sys, time
+import helios
+from support import IdModel, IndexData
+
+limit, root = sys.argv[1], pathlib.Path(sys.argv[2])
+os.mkfifo(root / "run.log")
+log = os.open(root / "run.log", os.O_RDWR | os.O_NONBLOCK)
+
+class HangingModel(IdModel):
+    def train_step(self, batch, state):
+        super().train_step(batch, state)
+        if state.global_iteration == 3:
+            for size in (4096, 1):  # until nothing more fits
+                try:
+                    while True:
+                        os.write(log, bytes(size))
+                except BlockingIOError:
+                    pass
+            if limit == "stop_grace_s":
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+
+helios.Trainer(
+    use_cpu=True, total_steps=3, log_root=root, chkpt_root=root / "runs",
+    enable_file_logging=True, run_name="run", print_banner=False,
+    exit_when_stopped=True, **{limit: 1},
+).fit(HangingModel(), IndexData(20))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "status"), [("stop_grace_s", EXIT_STOPPED), ("hang_timeout_s", 1)]
+)
+def test_log_whose_disk_hangs_does_not_keep_a_run_alive(tmp_path, limit, status):
+    done = subprocess.run(
+        [sys.executable, "-c", LOG, limit, tmp_path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == status
 
 
 @pytest.mark.parametrize("value", [0, -1, "1", True])

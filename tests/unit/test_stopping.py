@@ -9,8 +9,8 @@ import torch
 from support import IdModel, IndexData, train
 
 import helios
+from helios.stopping.clocks import Alarms, Interrupts
 from helios.stopping.ranks import STARTER, STARTER_FOLDER, STOPPED
-from helios.stopping.requests import Alarms, Interrupts
 from helios.stopping.slurm import requeue
 from helios.stopping.status import EXIT_STOPPED, exit_status
 from helios.stopping.validation import Frozen, Votes
