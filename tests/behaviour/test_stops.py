@@ -52,8 +52,13 @@ class Until(helios.Callback):
 
 def test_file_in_the_folder_of_the_run_stops_it_and_is_deleted(tmp_path, whole):
     file = tmp_path / "random" / "stop"
+
+    def ask():
+        file.parent.mkdir(exist_ok=True)  # which a first save makes behind the training
+        file.touch()
+
     is_finished, _ = train(
-        RandomModel(), RandomData(), tmp_path, Until(7, file.touch), **OPTIONS
+        RandomModel(), RandomData(), tmp_path, Until(7, ask), **OPTIONS
     )
     assert not is_finished
     assert not file.exists()
