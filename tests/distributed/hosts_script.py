@@ -15,6 +15,7 @@ from support import IndexDataset, RandomData, StopAt, digest, train
 from torch import nn
 
 import helios
+from helios.voting import Votes
 
 torch.set_num_threads(1)
 
@@ -95,5 +96,6 @@ report = {
     "tested": digest(tested.net.state_dict()),
     "copies": model.copies,
     "host": os.uname().nodename,
+    "is_wired": Votes().is_wired,
 }
 (folder / f"rank_{rank}.json").write_text(json.dumps(report))

@@ -135,6 +135,7 @@ def test_job_runs_on_all_ranks_of_both_hosts(whole):
     assert len({report["weights"] for report in whole}) == 1
     assert len({str(report["drawn"]) for report in whole}) == 4
     assert all(report["is_finished"] for report in whole)
+    assert all(report["is_wired"] for report in whole)
     assert all(report["tested"] == report["weights"] for report in whole)
 
 
