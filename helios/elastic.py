@@ -15,6 +15,9 @@ from helios.loggers.text import get_root_logger
 from helios.stopping.ranks import STARTER, STARTER_FOLDER, STOPPED
 from helios.stopping.status import EXIT_STOPPED, end_soon
 
+#: How long ranks that are asked to stop may take to save. Who asks has a limit, or the
+#: run has `stop_grace_s`; torch would kill them after 30 seconds.
+_PATIENCE_S = 24 * 3600
 _POLITE = {0, *(128 + s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))}
 
 
@@ -49,6 +52,8 @@ def run_ranks(config: Any, program: Any, *arguments: str) -> NoReturn:
     # torch has handlers of its own for the others.
     signal.signal(signal.SIGUSR1, stop)
     signal.signal(signal.SIGUSR2, _pass_on)
+    if "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+        config.shutdown_timeout = _PATIENCE_S  # an older torch has no such limit to set
     os.environ[STARTER] = str(os.getpid())
     # The ranks' store lives as long as they: those of a second attempt would read the
     # first one's addresses in the launcher's.

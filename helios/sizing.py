@@ -69,6 +69,7 @@ def find_parts(trainer: Trainer, model: Model, datamodule: DataModule) -> int | 
 
 def _find(trainer: Trainer, model: Model, datamodule: DataModule) -> int:
     trial = dataclasses.replace(trainer, **_TRIAL)
+    trial._stops = trainer._stops  # of the whole call
     with trial._running(model, datamodule, ()) as engine:
         if saved := _saved_on_main(trainer, model, engine):
             return saved
@@ -87,7 +88,7 @@ def _find(trainer: Trainer, model: Model, datamodule: DataModule) -> int:
         is_full, has_ended = False, True
         try:
             with each_by_itself(model) if engine.world_size > 1 else alone as found:
-                has_ended = trial.fit(model, datamodule)
+                has_ended = trial._train(model, datamodule)
             is_full = bool(found)
         except Exception as error:
             is_full = is_out_of_memory(error)

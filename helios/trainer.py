@@ -158,14 +158,12 @@ class Trainer:
         if self.total_steps is None:
             raise ValueError("`total_steps` is not set; pass it to the Trainer")
         self._start_ranks()
-        is_finished, parts = False, find_parts(self, model, datamodule)
-        if parts is None:
-            return self._ended(False)
-        self._parts = parts
-        with self._running(model, datamodule, self.train_exceptions) as engine:
-            self._fitted = None
-            is_finished = self._fit(engine, model, datamodule)
-            self._fitted = model
+        is_finished = False
+        with self._listening():
+            parts = find_parts(self, model, datamodule)
+            if parts is not None:
+                self._parts = parts
+                is_finished = self._train(model, datamodule)
         return self._ended(is_finished)
 
     def validate(self, model: Model, datamodule: DataModule) -> bool:
@@ -180,6 +178,14 @@ class Trainer:
         ``model.load_for_testing()`` is called. Returns False when stopped on request.
         """
         return self._evaluate(model, datamodule, BatchPhase.TEST)
+
+    def _train(self, model: Model, datamodule: DataModule) -> bool:
+        is_finished = False
+        with self._running(model, datamodule, self.train_exceptions) as engine:
+            self._fitted = None
+            is_finished = self._fit(engine, model, datamodule)
+            self._fitted = model
+        return is_finished
 
     def _fit(self, engine: Engine, model: Model, datamodule: DataModule) -> bool:
         if type(model).train_step is Model.train_step:
@@ -214,7 +220,9 @@ class Trainer:
                 )
             rng.seed_rngs(rng.derive_key(self.seed, engine.rank) % 2**63)
         session = self._make_session(engine, model, datamodule)
-        self._check_ranks(session, datamodule)
+        common = datamodule._common(session.identity["train_data"])
+        common |= {"random_seed": self.seed, **vars(session.schedule)}
+        fingerprint.check_agreement(engine.gather_objects(common))
         was_resumed = session.restore(self.resume, allow_inexact=self.allow_inexact)
         step = session.state.current_iteration
         self._open_logs(session, purge_step=step + 1 if step else 0)
@@ -234,7 +242,10 @@ class Trainer:
     ) -> bool:
         self._start_ranks()
         is_finished = False
-        with self._running(model, datamodule, self.test_exceptions) as engine:
+        with (
+            self._listening(),
+            self._running(model, datamodule, self.test_exceptions) as engine,
+        ):
             self._set_up_data(engine, datamodule)
             is_test = phase is BatchPhase.TEST
             test, valid = datamodule.test_dataloader, datamodule.valid_dataloader
@@ -303,16 +314,6 @@ class Trainer:
         root = self.chkpt_root
         return None if root is None else pathlib.Path(root) / model.save_name
 
-    def _check_ranks(self, session: Session, datamodule: DataModule) -> None:
-        """Raise a LaunchError where the ranks do not run the same; all must call."""
-        facts = {"random_seed": self.seed, **vars(session.schedule)}
-        facts |= session.identity["train_data"]
-        for number, phase in enumerate(datamodule._phases()):
-            if phase.params.is_distributed is False:  # each rank has data of its own
-                facts.pop(f"samples of phase {number}", None)
-        facts.pop("samples of `train_dataloader`", None)  # likewise, perhaps
-        fingerprint.check_agreement(session.engine.gather_objects(facts))
-
     def _make_schedule(self, accumulation_steps: int) -> Schedule:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(Schedule)}
         values["train_unit"] = TrainingUnit.from_str(self.train_unit)
@@ -331,6 +332,13 @@ class Trainer:
             accelerator.init_trackers(self.run_name)
 
     @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Hear what may stop one call of fit, validate or test, trials included."""
+        self._stops = Stops(max_time_s=self.max_time_s, grace_s=self.stop_grace_s)
+        with self._stops.listening():
+            yield
+
+    @contextlib.contextmanager
     def _running(
         self, model: Model, datamodule: DataModule, silent: Sequence[Any]
     ) -> Iterator[Engine]:
@@ -347,10 +355,8 @@ class Trainer:
         for folder in (self.log_root, self.log_path, self.run_path):
             if folder and (self.enable_file_logging or self.enable_tensorboard):
                 check_possible(pathlib.Path(folder))
-        stops = Stops(max_time_s=self.max_time_s, grace_s=self.stop_grace_s)
-        self._stops = stops
+        stops = self._stops
         with (
-            stops.listening(),
             text_logging(
                 file, (engine := self._make_engine()).rank, self.capture_warnings
             ) as log,
@@ -368,23 +374,18 @@ class Trainer:
     def _start_ranks(self) -> None:
         adopt_ranks()
         if self.accelerator is None:  # else it knows its ranks
-            start_ranks_if_asked(
-                use_cpu=self.use_cpu,
-                gpus=self.gpus,
-                num_processes=self.num_processes,
-                max_restarts=self.max_restarts,
-            )
+            asked = ("use_cpu", "gpus", "num_processes", "max_restarts")
+            start_ranks_if_asked(**{name: getattr(self, name) for name in asked})
 
     def _make_engine(self) -> Engine:
-        root, steps = self.run_path or self.log_root, self.accumulation_steps
+        root, parts = self.run_path or self.log_root, self._parts
+        steps = self.accumulation_steps
         engine = Engine(
             accelerator=self.accelerator,
             use_cpu=self.use_cpu,
             device_index=self.gpus[0] if self.gpus and len(self.gpus) == 1 else None,
             mixed_precision=self.mixed_precision,
-            accumulation_steps=steps
-            if self._parts == 1
-            else (steps or 1) * self._parts,
+            accumulation_steps=steps if parts == 1 else (steps or 1) * parts,
             log_with=self.log_with,
             project_dir=None if root is None else os.fspath(root),
         )

@@ -201,6 +201,14 @@ class DataModule(abc.ABC):
             facts |= {f"{name} of phase {i}": value for name, value in own.items()}
         return facts
 
+    def _common(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """What of :meth:`identity` has to be the same on all ranks."""
+        phases = enumerate(self._phases())
+        own = [n for n, p in phases if p.params.is_distributed is False]  # their data
+        names = {f"samples of phase {n}" for n in own}
+        names.add("samples of `train_dataloader`")  # likewise, perhaps
+        return {name: v for name, v in identity.items() if name not in names}
+
     def streams(self) -> dict[str, int]:
         """In how many streams each iterable data set is read, on each rank.
 

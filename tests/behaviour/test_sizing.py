@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -128,6 +129,30 @@ def test_stop_that_is_asked_for_in_a_trial_is_not_lost(tmp_path, capsys):
     assert not train(model, IndexData(24, batch_size=4), tmp_path, **OPTIONS)[0]
     assert len(model.batches) == 1
     assert "SIGTERM: stopped before training, to start again" in capsys.readouterr().err
+
+
+def test_program_that_asks_for_a_stop_in_a_trial_is_heard(tmp_path, capsys):
+    class Stopping(Large):
+        def train_step(self, batch, state):
+            trainer.request_stop("by the program")
+            super().train_step(batch, state)
+
+    trainer = helios.Trainer(use_cpu=True, print_banner=False, **OPTIONS)
+    assert not trainer.fit(Stopping(100), IndexData(24, batch_size=4))
+    assert "by the program: stopped before training" in capsys.readouterr().err
+
+
+def test_limit_of_time_is_for_trials_and_run_together(tmp_path, capsys):
+    class Slow(Large):
+        def train_step(self, batch, state):
+            time.sleep(0.5)
+            super().train_step(batch, state)
+
+    model = Slow(4)  # trials of 12, 6 and 4 samples take 0.5, 0.5 and 1 s
+    data = IndexData(24, batch_size=12)
+    assert not train(model, data, tmp_path, **OPTIONS, max_time_s=1.3)[0]
+    said = capsys.readouterr().err
+    assert "`max_time_s` is over, 1.3 s: stopped before training" in said
 
 
 def test_network_that_is_too_large_for_any_batch_is_told(tmp_path):

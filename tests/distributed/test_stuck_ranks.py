@@ -1,5 +1,6 @@
 """Ranks that Helios has started, and that are asked to stop while one is stuck."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from helios.checkpoint import CheckpointStore
 from helios.stopping.status import EXIT_STOPPED
 
 SCRIPT = """
@@ -34,6 +36,9 @@ class Model(IdModel):
         super().train_step(batch, state)
         if state.global_iteration == 3:
             (root / f"there_{self.engine.rank}").touch()
+            if place == "long":
+                time.sleep(35)
+                return
             while self.engine.rank == 1:  # it never comes to a boundary
                 time.sleep(1)
             self.trainer.request_stop("of one rank")
@@ -48,27 +53,43 @@ helios.Trainer(
 
 @pytest.mark.parametrize("place", ["setup", "training"])
 def test_rank_that_is_stuck_keeps_no_job_from_its_end(tmp_path, place):
-    (tmp_path / "script.py").write_text(SCRIPT)
+    with started(tmp_path, place, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3") as process:
+        if place == "setup":
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == EXIT_STOPPED
+
+
+@pytest.mark.slow
+def test_ranks_have_the_time_that_they_need_to_save(tmp_path):
+    with started(tmp_path, "long") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(90) == EXIT_STOPPED
+    record = next(iter(CheckpointStore(tmp_path / "runs/ids").records().values()))
+    assert record["progress"]["current_iteration"] == 4
+
+
+@contextlib.contextmanager
+def started(root, place, **environment):
+    """The script, once both ranks are where they stay."""
+    (root / "script.py").write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, "script.py", place, tmp_path],
-        cwd=tmp_path,
+        [sys.executable, "script.py", place, root],
+        cwd=root,
         env={
             **{k: v for k, v in os.environ.items() if k != "PYTEST_CURRENT_TEST"},
             "PYTHONPATH": os.pathsep.join(sys.path),
             "OMP_NUM_THREADS": "1",
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3",
+            **environment,
         },
         start_new_session=True,
     )
     try:
         until = time.monotonic() + 60
-        while len([*tmp_path.glob("there_*")]) < 2:
+        while len([*root.glob("there_*")]) < 2:
             assert time.monotonic() < until
             time.sleep(0.05)
-        if place == "setup":
-            time.sleep(1)  # both are inside
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == EXIT_STOPPED
+        time.sleep(1)
+        yield process
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
