@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 EXIT_STATUS = 1
 _LOOKS = 20  # in the time after which a run counts as hung
 _ANSWER_S = 5.0  # for all ranks to say where they are
-# Where a rank is that waits for others: in a collective, or in a backward with one.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+# Where a rank is that waits for others: in a vote, a collective, or a backward with one.
 _WAITING: tuple[str, ...] = (
+    os.path.join(_HERE, "voting.py"),
     os.path.join("torch", "distributed", ""),
     os.path.join("torch", "autograd", "graph.py"),
     os.path.join("torch", "nn", "parallel", ""),
@@ -36,7 +38,7 @@ _WAITING: tuple[str, ...] = (
 # What is not the user's code.
 _LIBRARIES = (
     *{sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")},
-    os.path.dirname(os.path.abspath(__file__)),
+    _HERE,
 )
 
 

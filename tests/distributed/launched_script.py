@@ -42,6 +42,12 @@ class NetModel(helios.Model):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def on_training_batch_end(self, state, should_log=False):
+        super().on_training_batch_end(state, should_log)
+        if state.global_iteration == 4 and self.rank == 1 and how == "hang later":
+            (folder / "failed_at_s").write_text(str(time.time()))
+            self.wait_for_ever()
+
     def wait_for_ever(self):
         while True:
             time.sleep(1)

@@ -101,6 +101,14 @@ def test_hung_rank_ends_the_job_and_is_named_and_the_same_command_goes_on(tmp_pa
     check_resumed(tmp_path, code, output, **options)
 
 
+def test_rank_that_hangs_while_the_others_vote_is_named(tmp_path):
+    options = {"num_processes": 3, "hang_timeout_s": 4}
+    code, output = end(start(tmp_path / "a", "hang later", **options))
+    assert code == 1, output
+    assert len(re.findall(r"^rank \d: in .*, step 4, batch 4$", output, re.M)) == 3
+    assert re.search(r"^behind: rank 1$", output, re.M), output
+
+
 def test_ranks_do_not_outlive_who_started_them(tmp_path):
     process = start(tmp_path, "wait", num_processes=2, total_steps=1000)
     pids = pids_of_ranks(tmp_path)
