@@ -56,7 +56,7 @@ LIMITS_LINES = {
     "exporting": 110,
     "porting": 560,
     "porting.writing": 230,
-    "porting.command": 70,
+    "porting.command": 90,
     "handwritten": 580,
     "handwritten.faults": 60,
     "handwritten.late": 80,

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 import tokenize
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
+from helios.porting.findings import Finding
 from helios.porting.reading import read_script
 from helios.porting.writing import write_port
+
+_WIDTH = 80  # of a terminal
 
 
 @click.command()
@@ -39,20 +44,47 @@ def port(script: Path, as_json: bool, write: bool) -> None:
         rows = [dataclasses.asdict(finding) for finding in found]
         click.echo(json.dumps({"script": str(script), "findings": rows}))
     else:
-        click.echo("What it uses, and what Helios has in its place")
-        for use in uses:
-            click.echo(f"{script}:{use.line}: {use.name}: {use.message}")
-        click.echo("\nTraps" if traps else "\nTraps: none known")
-        for trap in traps:
-            doubt = "" if trap.is_certain else "may be: "
-            click.echo(f"{script}:{trap.line}: {trap.name}: {doubt}{trap.message}")
-            click.echo(f"  in Helios: {trap.remedy}")
-        n_sure = sum(trap.is_certain for trap in traps)
-        n_names = len({use.name for use in uses})
-        count = f"{n_sure}, and {len(traps) - n_sure} may be"
-        click.echo(f"\n{n_names} names used; traps: {count}")
+        click.echo("\n".join(_report(script, uses, traps)))
     if traps:
         raise click.exceptions.Exit(1)
+
+
+def _report(
+    script: Path, uses: Sequence[Finding], traps: Sequence[Finding]
+) -> Iterator[str]:
+    """The lines of the report; what is used again refers to where it was first."""
+    yield "What it uses, and what takes its place on a Session, and with the Trainer\n"
+    first = dict[str, int]()
+    for use in uses:
+        line = first.setdefault(use.name, use.line)
+        again = f": as in line {line}" if line != use.line else ""
+        yield f"{script}:{use.line}: {use.name}{again}"
+        yield from () if again else _both(use)
+    yield "\nTraps\n" if traps else "\nTraps: none known"
+    for trap in traps:
+        doubt = "" if trap.is_certain else "may be: "
+        yield f"{script}:{trap.line}: {trap.name}"
+        yield _folded("  ", f"{doubt}{trap.why}")
+        yield from _both(trap)
+    n_sure = sum(trap.is_certain for trap in traps)
+    count = f"{n_sure}, and {len(traps) - n_sure} may be"
+    yield f"\n{len(first)} names used; traps: {count}"
+
+
+def _both(finding: Finding) -> Iterator[str]:
+    yield _folded("  Session: ", finding.session)
+    yield _folded("  Trainer: ", finding.trainer)
+
+
+def _folded(head: str, text: str) -> str:
+    return textwrap.fill(
+        text,
+        _WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _write(script: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 import json
 import re
 import subprocess
@@ -414,7 +415,8 @@ def test_every_use_is_reported_with_its_counterpart(name):
     else:
         text = f"import accelerate\n\nx = accelerate.Accelerator().{name}"
     found = [f for f in read_script(text) if f.name == name]
-    assert [(f.line, f.kind, f.message) for f in found] == [(3, "use", USES[name])]
+    rows = [(f.line, f.kind, f.session, f.trainer) for f in found]
+    assert rows == [(3, "use", USES[name]["session"], USES[name]["trainer"])]
 
 
 def check_names(text):
@@ -424,8 +426,14 @@ def check_names(text):
         "Callback": {*dir(helios.Callback)},
         "Trainer": {*dir(helios.Trainer)},
     }
+    sources = map(inspect.getsource, helios.Session.__mro__[:2])
+    of_self = re.findall(r"\bself\.(\w+)\b", "".join(sources))
+    members["session"] = {*dir(helios.Session), *of_self}
     for owner, known in members.items():
         assert set(re.findall(rf"\b{owner}\.(\w+)", text)) <= known, text
+    signature = inspect.signature(helios.Session)
+    for arguments in re.findall(r"\bSession\(([^()]*)", text):
+        assert set(re.findall(r"(\w+)=", arguments)) <= {*signature.parameters}, text
     for kind in helios.Trainer, helios.DataLoaderParams, helios.KeepBest:
         known = {field.name for field in dataclasses.fields(kind)}
         for arguments in re.findall(rf"\b{kind.__name__}\(([^()]*)", text):
@@ -433,8 +441,15 @@ def check_names(text):
 
 
 def test_counterparts_exist():
-    for text in [*USES.values(), *(trap["remedy"] for trap in TRAPS.values())]:
-        check_names(text)
+    for row in [*USES.values(), *TRAPS.values()]:
+        check_names(row["session"])
+        check_names(row["trainer"])
+
+
+def test_these_tests_find_names_that_do_not_exist():
+    for wrong in "session.flush()", "Session(every=1)", "self.fly()", "Trainer(x=1)":
+        with pytest.raises(AssertionError):
+            check_names(wrong)
 
 
 def test_what_the_page_tells_users_of_other_trainers_exists():
@@ -450,10 +465,9 @@ def test_what_the_page_tells_users_of_other_trainers_exists():
 
 def test_an_unknown_member_has_no_counterpart():
     text = "import accelerate\naccelerate.Accelerator().fly()"
-    assert (
-        "no counterpart"
-        in next(f for f in read_script(text) if f.name == "fly").message
-    )
+    found = next(f for f in read_script(text) if f.name == "fly")
+    assert "no counterpart" in found.trainer
+    assert found.session.startswith("stays, if ")
 
 
 def test_functions_that_call_one_another_without_end_are_read():
@@ -478,10 +492,23 @@ def test_the_command_names_lines_and_ends_with_0_without_traps():
     assert done.exit_code == 0
     text = SCRIPTS["gan"].read_text()
     line = text[: text.index("accelerator.reduce")].count("\n") + 1
-    assert f"{SCRIPTS['gan']}:{line}: reduce: " in done.output
+    assert f"{SCRIPTS['gan']}:{line}: reduce\n  Session: stays\n" in done.output
     assert "Traps: none known\n" in done.output
     numbers = [int(n) for n in re.findall(r"\.py:(\d+): ", done.output)]
     assert numbers == sorted(numbers)
+    first, second = (
+        n for n, row in enumerate(text.splitlines(), 1) if ".device" in row
+    )
+    assert f".py:{second}: device: as in line {first}\n" in done.output
+    assert done.output.count("  Trainer: self.device; ") == 1
+
+
+def test_the_report_fits_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text(HEAD + "\n".join(t for t, *_ in WRONG.values()))
+    lines = run("train.py").output.splitlines()
+    assert len(lines) > 60
+    assert [line for line in lines if len(line) > 80] == []
 
 
 def test_the_command_ends_with_1_where_there_are_traps(tmp_path):
@@ -490,12 +517,13 @@ def test_the_command_ends_with_1_where_there_are_traps(tmp_path):
     done = run(script)
     assert done.exit_code == 1
     line = len(script.read_text().splitlines())
-    assert f"{script}:{line}: item-every-step: a loss is read" in done.output
-    assert "  in Helios: self.log(name, loss)" in done.output
+    assert f"{script}:{line}: item-every-step\n  a loss is read" in done.output
+    assert "  Session: session.log(values)" in done.output
+    assert "  Trainer: self.log(name, loss)" in done.output
     assert done.output.endswith("4 names used; traps: 1, and 0 may be\n")
     script.write_text(HEAD + DOUBTFUL["item-every-step"])
     done = run(script)
-    assert (done.exit_code, "item-every-step: may be: " in done.output) == (1, True)
+    assert (done.exit_code, "every-step\n  may be: a loss" in done.output) == (1, True)
 
 
 def test_the_command_writes_json(tmp_path):
@@ -508,6 +536,7 @@ def test_the_command_writes_json(tmp_path):
     assert trap["line"] == len(script.read_text().splitlines())
     assert (trap["kind"], trap["name"]) == ("trap", "item-every-step")
     assert trap["is_certain"] is True
+    assert {k: trap[k] for k in ("why", "session", "trainer")} == TRAPS[trap["name"]]
     assert run(SCRIPTS["gan"], "--json").exit_code == 0
 
 
@@ -551,6 +580,21 @@ def test_the_page_has_the_traps_and_names_that_are_known():
     rows = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
     named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
     assert sorted(named) == sorted([*USES, *TRAPS])
+
+
+def test_the_page_says_what_the_report_says():
+    page, _, _ = PAGE.read_text().partition("\n## From other trainers\n")
+    table = {**USES, **TRAPS}
+    for line in page.splitlines():
+        if line.startswith("| `"):
+            names, *cells = line.strip("| ").split(" | ")
+            for name in re.findall(r"`([^`]+)`", names):
+                texts = [text.replace("`", "") for text in table[name].values()]
+                found = [cell.replace("`", "") for cell in cells]
+                if name in TRAPS:  # whole sentences
+                    texts = [f"{text[0].upper()}{text[1:]}." for text in texts]
+                    found = [f"{cell[0].upper()}{cell[1:]}" for cell in found]
+                assert found == texts
 
 
 PORTED = """\
