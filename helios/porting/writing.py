@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from helios.porting.keeping import Keeper
 from helios.porting.nodes import SKIP, calls_of, loader_of, name_of
+from helios.porting.placing import Places
 
 _WIDTH = 88  # of a line
 _REPLACED = {"save_state", "load_state"}
@@ -82,6 +84,7 @@ class _Writer:
         for other in loops:
             self._replace(other.read, f'session.batches("{names[other.loader]}")')
         self._edit_counts(loop.node)
+        self._keep_variables(epoch, loop.node)
         for name in sorted(_REPLACED):
             for call in calls_of(self._tree, name):
                 self._drop(call)
@@ -166,23 +169,36 @@ class _Writer:
         caller = prepare.value.func
         owner = ast.unparse(caller.value) if isinstance(caller, ast.Attribute) else ""
         pairs = ", ".join(f'"{name}": {loader}' for loader, name in names.items())
-        indent = " " * prepare.col_offset
         # Behind them all: the session takes what is prepared, and registered.
-        all_of: list[ast.AST] = [self._prepared()[loader] for loader in names]
+        places = Places(self._tree, self._above, loop)
         calls = calls_of(self._tree, "register_for_checkpointing")
-        for other in [*self._prepared().values(), *(self._above[c] for c in calls)]:
-            if self._above.get(other) is self._above.get(prepare):
-                all_of.append(other)
-        last = max(all_of, key=lambda node: getattr(node, "end_lineno", 0))
-        at = self._starts[getattr(last, "end_lineno", 0)]
+        others = [*self._prepared().values(), *(self._above[c] for c in calls)]
+        before = [node for node in others if isinstance(node, ast.stmt)]
+        registered = list[str]()
+        for name, made in places.schedulers().items():
+            is_near = places.scope(made[0]) is places.scope(prepare)
+            if is_near and places.is_always_made(name, made):
+                registered.append(name)
+                before += made
+            else:
+                self._left.append(
+                    f"line {made[0].lineno}: `{name}` would not be saved: pass it to "
+                    f"`{owner}.register_for_checkpointing` before the session is made"
+                )
+        own = places.outermost(prepare)
+        at = self._starts[places.last(own, before).end_lineno or 0]
+        indent = " " * own.col_offset
+        text = f"{indent}loaders = {{{pairs}}}\n"
+        if registered:
+            names_of = ", ".join(registered)
+            text = f"{indent}{owner}.register_for_checkpointing({names_of})\n{text}"
         given = f'{owner}, "{self._folder}", loaders=loaders, save_every=500'
-        made = f"{indent}session = helios.Session({given})\n"
-        if len(made) > _WIDTH + 1:
-            made = (
+        line = f"{indent}session = helios.Session({given})\n"
+        if len(line) > _WIDTH + 1:
+            line = (
                 f"{indent}session = helios.Session(\n{indent}    {given}\n{indent})\n"
             )
-        made = f"{indent}loaders = {{{pairs}}}\n{made}"
-        self._edits.append(_Edit(at, at, made))
+        self._edits.append(_Edit(at, at, text + line))
 
     def _edit_epochs(self, epoch: ast.For) -> None:
         over, total = epoch.iter, None
@@ -198,17 +214,20 @@ class _Writer:
         self._replace(over, f"session.epochs({number})")
 
     def _edit_counts(self, loop: ast.For) -> None:
-        """Have the numbers of batches go on at a resume; tell of other counts."""
+        """Have the numbers of batches go on at a resume."""
         match loop.iter:
             case ast.Call(name, [one], []) if name_of(name) == "enumerate":
                 end = self._offset(one.end_lineno or 0, one.end_col_offset or 0)
                 self._edits.append(_Edit(end, end, ", session.state.dataset_iter"))
-        for node in ast.walk(loop):
-            if isinstance(node, ast.AugAssign) and isinstance(node.target, ast.Name):
-                self._left.append(
-                    f"line {node.lineno}: `{node.target.id}` begins anew at a resume: "
-                    "see `session.state`, and `session.notes`"
-                )
+
+    def _keep_variables(self, epoch: ast.For, loop: ast.For) -> None:
+        """Have the loops' variables go on, too, or tell of them."""
+        scope = self._function(loop) or self._tree
+        keeper = Keeper(self._lines, self._above, scope, (epoch, loop))
+        keeper.keep()
+        for line, text in keeper.insertions:
+            self._edits.append(_Edit(self._starts[line], self._starts[line], text))
+        self._left += keeper.left
 
     def _drop(self, call: ast.Call) -> None:
         """Leave out a call that the session makes needless, if it stands alone."""
@@ -241,7 +260,9 @@ class _Writer:
 
     def _port(self) -> Port:
         text = self._text
-        for start, end, new in sorted(self._edits, reverse=True):
+        # What is inserted at the same place comes in the order in which it was added.
+        edits = sorted(self._edits, key=lambda edit: (edit.start, edit.end))
+        for start, end, new in reversed(edits):
             text = text[:start] + new + text[end:]
         ast.parse(text)
         rows = difflib.ndiff(self._text.splitlines(), text.splitlines())

@@ -640,6 +640,7 @@ def test_first_version_of_a_port_is_the_script_with_a_session():
     assert port.left == []
 
 
+CARRYING = ROOT / "tests/fixtures/carrying_script.py"
 ACTIVE = """\
     if resumed:
         active = accelerator.skip_first_batches(train_loader, 3)
@@ -733,6 +734,289 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path):
         assert done.exit_code == code, done.output
     assert "train_helios.py is there already" in done.output
     ast.parse((tmp_path / "train_helios.py").read_text())
+
+
+def carrying(before="", start="", step="", end=""):
+    """A script with these lines before its epochs, and in them."""
+    text = PORTED.replace("for epoch in", f"{before}for epoch in")
+    text = text.replace("    for step,", f"{start}    for step,")
+    return text.replace("        if step % 9", f"{step}        if step % 9") + end
+
+
+def ported(*lines, **named):
+    return write_port(carrying(*lines, **named), "runs/x")
+
+
+def added(port):
+    """The lines that are new in a port that changes no more than the first version."""
+    own = {*PORTED.splitlines(), *ported().text.splitlines()}
+    return [
+        line for line in port.text.splitlines() if "notes" in line or line not in own
+    ]
+
+
+KEPT = {
+    "a best score": (
+        {"before": "best = float('inf')\n", "end": "    best = min(best, f())\n"},
+        [
+            "best = float('inf')",
+            'best = session.notes.get("best", best)',
+            "    best = min(best, f())",
+            '    session.notes["best"] = best',
+        ],
+    ),
+    "a counter of batches, whose value is read behind a comment": (
+        {"before": "n: int = 0\n", "step": "        n += 1  # of all\n"},
+        [
+            "n: int = 0",
+            'n = session.notes.get("n", n)',
+            "        n += 1  # of all",
+            '        session.notes["n"] = n',
+        ],
+    ),
+    "a history": (
+        {"before": "seen = []\n", "end": "    seen.append(\n        f()\n    )\n"},
+        [
+            "seen = []",
+            'seen = session.notes.get("seen", seen)',
+            "    seen.append(",
+            "        f()",
+            "    )",
+            '    session.notes["seen"] = seen',
+        ],
+    ),
+    "parts of a dict": (
+        {"before": "seen = dict()\n", "end": "    seen[epoch] = f()\n"},
+        [
+            "seen = dict()",
+            'seen = session.notes.get("seen", seen)',
+            "    seen[epoch] = f()",
+            '    session.notes["seen"] = seen',
+        ],
+    ),
+    "the sum of an epoch": (
+        {"start": "    total = 0\n", "step": "        total += 1\n"},
+        [
+            "    total = 0",
+            "    if session.state.dataset_iter:  # a resume has entered the epoch",
+            '        total = session.notes.get("total", total)',
+            '    session.notes["total"] = total',
+            "        total += 1",
+            '        session.notes["total"] = total',
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_variables_of_the_loop_are_kept_in_the_notes(kind):
+    lines, expected = KEPT[kind]
+    port = ported(**lines)
+    assert (added(port), port.left) == (expected, [])
+
+
+@pytest.mark.parametrize(
+    ("value", "is_told"),
+    [("loss.detach()", True), ("len(batch)", True), ("accelerator.gather(n)", False)],
+)
+def test_sums_of_one_rank_are_told_of(value, is_told):
+    port = ported("", "    n = 0\n", f"        n += {value}\n")
+    assert 'session.notes["n"] = n' in port.text
+    told = (
+        "line 13: on several ranks `n` goes on as it is on the main one, as all notes "
+    )
+    assert port.left == [f"{told}do: gather what is added to it"] * is_told
+
+
+TOLD = {
+    "what the start of an epoch changes": ("x = 0\n", "    x += 1\n", "", ""),
+    "what has no first value": ("", "", "        x += 1\n", ""),
+    "what has one in some cases": ("if a:\n    x = 0\n", "", "", "    x += 1\n"),
+    "what comes from elsewhere": ("x = args.x\n", "", "", "    x = f(x)\n"),
+    "what no checkpoint holds": (
+        "x = None\n",
+        "",
+        "",
+        "    print(x)\n    x = copy.deepcopy(model)\n",
+    ),
+    "an object": ("x = None\n", "", "", "    x = x or Meter()\n"),
+    "what shares its line": ("x = 0\n", "", "", "    if f(): x += 1\n"),
+    "what stands before another": ("x = 0\n", "", "", "    x += 1; f()\n"),
+    "an attribute": ("", "", "", "    self.x = min(self.x, f())\n"),
+    "a list that is an attribute": ("", "", "", "    self.x.append(f())\n"),
+}
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_variables_that_are_not_kept_are_told_of(kind):
+    port = ported(*TOLD[kind])
+    name = "self.x" if "self" in "".join(TOLD[kind]) else "x"
+    rows = enumerate(carrying(*TOLD[kind]).splitlines(), 1)
+    loop = [(n, row) for n, row in rows if n > 9 and row.startswith("  ")]
+    changing = [n for n, row in loop if re.search(r"x( \+?= |\.append)", row)]
+    assert port.left == [
+        f"line {changing[-1]}: `{name}` begins anew at a resume: see `session.state`, "
+        "and `session.notes`"
+    ]
+    assert "notes" not in port.text
+
+
+NOT_CARRIED = [
+    ("loss = None\n", "", "        loss = f()\n", "    print(loss)\n"),
+    ("", "", "        loss = f()\n        loss += 1\n", "    print(loss)\n"),
+    ("", "    found = []\n", "", "    found.append(f())\n    print(found)\n"),
+    ("best = 0\n", "", "", "    print(best)\n"),
+    ("", "", "        if f(step):\n            x = 1\n        print(x)\n", ""),
+    ("bar = tqdm(9)\n", "", "        bar.update(1)\n", ""),
+    ("x = 0\n", "", "", "    print([x for x in f()])\n    x = 1\n"),
+    ("x = 0\n", "", "", "    if f():\n        continue\n    x = 1\n    print(x)\n"),
+    ("x = 0\n", "", "", "    x = 1 if f() else 2\n    g(lambda x: x)\n"),
+    (
+        "x = 0\n",
+        "",
+        "",
+        "    try:\n        x = f()\n    except E:\n        x = 1\n    print(x)\n",
+    ),
+    ("x = 0\n", "", "", "    while (x := f()):\n        print(x)\n"),
+    ("x = 0\n", "", "", "    with f() as x:\n        print(x)\n"),
+]
+
+
+@pytest.mark.parametrize("lines", NOT_CARRIED)
+def test_what_each_turn_sets_anew_is_left_alone(lines):
+    port = ported(*lines)
+    assert ("notes" in port.text, port.left) == (False, [])
+
+
+def test_variables_of_functions_around_the_loop_are_told_of():
+    head, _, rest = PORTED.partition("accelerator = ")
+    lines = [f"    {line}\n" for line in f"accelerator = {rest}".splitlines()]
+    end = "        x = max(x, f())\n"
+    for start in "def main(x=0):\n", "def main():\n    global x\n":
+        port = write_port(f"{head}{start}{''.join(lines)}{end}", "runs/x")
+        assert ["`x` begins anew" in line for line in port.left] == [True]
+
+
+IF_ELSE = """\
+if f():
+    train_loader = accelerator.prepare(DataLoader(data))
+elif g():
+    train_loader = accelerator.prepare(DataLoader(data, 2))
+else:
+    train_loader = accelerator.prepare(DataLoader(other))
+"""
+MADE = 'loaders = {"train": train_loader'
+
+
+def test_session_is_made_behind_all_branches_that_prepare():
+    text = PORTED.replace("for epoch in", f"{IF_ELSE}for epoch in")
+    port = write_port(text, "runs/x")
+    assert f"{IF_ELSE}{MADE}" in port.text
+    # In another function than the loop, as well.
+    head, _, rest = text.partition("for epoch in")
+    lines = [f"    {line}\n" for line in f"for epoch in{rest}".splitlines()]
+    port = write_port(f"def train():\n{''.join(lines)}{head}train()\n", "runs/x")
+    assert f"{IF_ELSE}{MADE}" in port.text
+    # What runs in one branch only stays there.
+    main = "".join(f"    {line}\n" for line in f"{head}train()".splitlines())
+    guard = 'if __name__ == "__main__":\n'
+    port = write_port(f"def train():\n{''.join(lines)}{guard}{main}", "runs/x")
+    assert f"    {MADE}" in port.text
+
+
+def test_session_is_made_before_the_loop_whatever_is_prepared_behind_it():
+    text = f"{PORTED}test_loader = accelerator.prepare(DataLoader(data))\n"
+    port = write_port(text, "runs/x")
+    assert port.text.index("helios.Session(") < port.text.index("for epoch in")
+
+
+SCHEDULERS = {
+    "a name": ("from torch.optim.lr_scheduler import StepLR\n", "StepLR(opt, 3)"),
+    "a module": ("from torch.optim import lr_scheduler\n", "lr_scheduler.StepLR(opt)"),
+    "torch": ("", "torch.optim.lr_scheduler.StepLR(opt, 3)"),
+    "another name": ("import torch.optim as to\n", "to.lr_scheduler.StepLR(opt, 3)"),
+    "transformers": ("from transformers import get_scheduler\n", "get_scheduler(opt)"),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+def test_scheduler_that_nobody_saves_is_registered(kind):
+    line, call = SCHEDULERS[kind]
+    text = f"{line}{PORTED}".replace("for epoch in", f"s = {call}\nfor epoch in")
+    port = write_port(text, "runs/x")
+    made = f"s = {call}\naccelerator.register_for_checkpointing(s)\n{MADE}"
+    assert (made in port.text, port.left) == (True, [])
+
+
+MAKE = "torch.optim.lr_scheduler.StepLR(opt, 3)"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        f"s = {MAKE}\ns = accelerator.prepare(s)\n",
+        f"s = {MAKE}\ns = accelerator.prepare_scheduler(s)\n",
+        f"s = accelerator.prepare({MAKE})\n",
+        f"s = {MAKE}\naccelerator.register_for_checkpointing(s)\n",
+    ],
+)
+def test_scheduler_that_is_saved_is_not_registered_again(lines):
+    port = write_port(PORTED.replace("for epoch in", f"{lines}for epoch in"), "runs/x")
+    count = port.text.count("register_for_checkpointing")
+    assert (count, port.left) == (lines.count("register_for_checkpointing"), [])
+
+
+def test_schedulers_that_another_one_steps_are_saved_by_that():
+    chain = "torch.optim.lr_scheduler.SequentialLR(opt, schedulers=[s], milestones=[])"
+    lines = f"s = {MAKE}\nt = {chain}\n"
+    port = write_port(PORTED.replace("for epoch in", f"{lines}for epoch in"), "runs/x")
+    assert "\naccelerator.register_for_checkpointing(t)\n" in port.text
+
+
+@pytest.mark.parametrize(
+    "lines", [f"if f():\n    s = {MAKE}\n", f"s = None\nif f():\n    s = {MAKE}\n"]
+)
+def test_scheduler_that_may_not_be_there_is_told_of(lines):
+    text = PORTED.replace("for epoch in", f"{lines}for epoch in")
+    port = write_port(text, "runs/x")
+    number = text[: text.index(MAKE)].count("\n") + 1
+    assert port.left == [
+        f"line {number}: `s` would not be saved: pass it to "
+        "`accelerator.register_for_checkpointing` before the session is made"
+    ]
+    assert "register_for" not in port.text
+
+
+def test_scheduler_that_each_branch_makes_is_registered_behind_them():
+    lines = f"if f():\n    s = {MAKE}\nelse:\n    s = {MAKE}\n"
+    port = write_port(PORTED.replace("for epoch in", f"{lines}for epoch in"), "runs/x")
+    assert f"{lines}accelerator.register_for_checkpointing(s)\n" in port.text
+
+
+@pytest.mark.slow
+def test_variables_and_schedulers_of_a_port_go_on_at_a_resume(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text(CARRYING.read_text())
+    done = CliRunner().invoke(main, ["port", "--write", str(script)])
+    left = [row for row in done.output.splitlines() if row.startswith("left to do")]
+    names = [re.search(r": on several ranks `(\w+)` ", row)[1] for row in left]
+    assert names == ["total", "losses", "mean"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    # Within an epoch, behind its last batch, and behind one that changes less.
+    stops = [word for n in (3, 5, 11) for word in ("--at", str(n))]
+    command = [sys.executable, str(tmp_path / "train_helios.py")]
+    options = [*stops, "--keep", "kept"]
+    done = CliRunner().invoke(main, ["verify-resume", *options, *command])
+    assert done.exit_code == 0, done.output
+    printed = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, check=True, timeout=60
+    ).stdout.splitlines()
+    assert len(printed) == 6
+    for kind in "whole", "parts":
+        logs = sorted((tmp_path / "kept" / kind).glob("*.log"))
+        rows = [row for log in logs for row in log.read_text().splitlines()]
+        assert [row for row in rows if re.match(r"(means of )?epoch", row)] == printed
 
 
 @pytest.mark.slow
