@@ -44,6 +44,7 @@ LIMITS_LINES = {
     "failures": 420,
     "verifying": 450,
     "verifying.starts": 45,
+    "verifying.causes": 160,
     "sizing": 140,
     "trials": 80,
     "stopping": 470,

@@ -111,7 +111,7 @@ class Session(session.Session):
             loaders = {TRAIN: loaders}
         late = Latecomers(is_named=bool(objects))
         objects = check_arguments(vars() | objects, objects)
-        root, traced = traces(os.path.abspath(path))
+        root, traced = traces(os.path.abspath(path), is_loop=True)
         callbacks = [late, *callbacks, *traced]
         resume = "auto" if traced else resume
         if (replay := replayed(root.name)) is not None:

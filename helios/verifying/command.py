@@ -15,7 +15,8 @@ from typing import NoReturn
 
 import click
 
-from helios.verifying.comparing import Difference, explain, first_difference
+from helios.verifying.causes import advice
+from helios.verifying.comparing import Difference, describe, first_difference
 from helios.verifying.starts import Place, Starts, Traces
 
 # As in `trace`, which must be imported by the runs alone: it needs torch.
@@ -83,11 +84,6 @@ class _Runner:
         text = log.read_text(encoding="utf-8", errors="replace").splitlines()
         click.echo("\n".join(text[-_SHOWN_LINES:]), err=True)
         raise click.UsageError(f"the command {why}")
-
-
-def _is_cuda(traces: Traces) -> bool:
-    batch = next(iter(traces[min(traces)].batches.values()))
-    return any(name.startswith("rank.rng.cuda") for name in batch["values"])
 
 
 def _choose(at: Sequence[int], count: int, seed: int, total: int) -> list[int]:
@@ -160,8 +156,15 @@ def _verify(runner: _Runner, at: Sequence[int], stops: int, seed: int) -> int:
         return 0
     again = _compare(whole, runner.run("again"))
     click.echo("DIFFERENT" if again is None else "DIFFERENT, also without a stop")
-    for line in explain(again or found, again is None, _is_cuda(whole)):
-        click.echo(line)
+    batch = next(iter(whole[min(whole)].batches.values()))
+    first = again or found
+    said = advice(
+        first.kind,
+        is_repeatable=again is None,
+        is_cuda=any(name.startswith("rank.rng.cuda") for name in batch["values"]),
+        is_loop=batch["is_loop"],
+    )
+    click.echo("\n".join(describe(first, said)))
     return 1
 
 

@@ -1,12 +1,24 @@
-"""Comparing traces: the first difference of two runs, its likely cause, and a cure."""
+"""Comparing traces: the first difference of two runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
+
+from helios.verifying.causes import (
+    DATA,
+    END,
+    KINDS,
+    LOGGED,
+    ORDER,
+    UNEQUAL,
+    Advice,
+    Kind,
+)
 
 _SHOWN = 5
 _RNGS = "rank.rng."
@@ -35,56 +47,6 @@ class Run:
         return run
 
 
-class Kind(NamedTuple):
-    """A kind of difference: what it is called, why it comes to be, what to do."""
-
-    name: str
-    prefixes: tuple[str, ...]
-    cause: str
-    cure: str
-
-
-# In the order in which one comes from the other within a batch.
-_ORDER = Kind(
-    "the samples of the batch",
-    (),
-    "a sampler, or the data set, has an order of its own, from a generator or a "
-    "counter that is not saved",
-    "let the loader shuffle; or compute the order from the epoch, as a "
-    "`ResumableSampler` does; or give a stream `state_dict` and `load_state_dict`",
-)
-_DATA = Kind(
-    "the values of the same samples",
-    (),
-    "the data set, a transform or the collate function draws from a generator of its "
-    "own, or depends on what came before, on time or on the process",
-    "draw from `torch`, `random` or `numpy.random`, which are seeded for each sample, "
-    "or from `helios.data.sample_rng()`",
-)
-_RNG = Kind(
-    "random numbers",
-    ("rank.rng",),
-    "the step, or a hook, has drawn more or fewer random numbers than before: it "
-    "depends on something that is not saved",
-    "save what it depends on: return it from `user_state_dict`, or put it in the notes "
-    "of a session",
-)
-_UNSAVED = (
-    "the step depends on something that is not saved, such as an attribute, a global "
-    "or a count (that of `enumerate`, for instance) that training changes"
-)
-_SAVE = (
-    "return it from `user_state_dict` (or put it in a session's notes), or give it "
-    "`state_dict` and `load_state_dict` and make it an attribute of the model"
-)
-_LOSS = Kind("a loss or a score", ("rank.books",), _UNSAVED, _SAVE)
-_WEIGHTS = Kind("weights", ("model.",), _UNSAVED, _SAVE)
-_STATE = Kind("the state of the training", ("",), _UNSAVED, _SAVE)
-_KINDS = (_RNG, _LOSS, _WEIGHTS, _STATE)
-_LOGGED = Kind("what was logged", (), _UNSAVED, _SAVE)
-_UNEQUAL = Kind("the number of batches", (), _UNSAVED, _SAVE)
-
-
 @dataclasses.dataclass
 class Difference:
     """The first difference of two runs of a rank."""
@@ -109,14 +71,12 @@ def first_difference(one: Run, other: Run, rank: int) -> Difference | None:
     for step in sorted(one.logged.keys() & other.logged.keys()):
         details = list(_changed(one.logged[step], other.logged[step]))
         if details:
-            return Difference(_LOGGED, rank, None, f"step {step}", details)
+            return Difference(LOGGED, rank, None, f"step {step}", details)
     missing = sorted(one.batches.keys() ^ other.batches.keys())
     if missing or one.logged.keys() != other.logged.keys():
         counts = [f"{len(run.batches)} batches" for run in (one, other)]
         where = f"batch {missing[0]}" if missing else "the log"
-        return Difference(
-            _UNEQUAL, rank, missing[0] if missing else None, where, counts
-        )
+        return Difference(UNEQUAL, rank, missing[0] if missing else None, where, counts)
     return None
 
 
@@ -133,18 +93,18 @@ def _drawn_from(run: Run) -> set[str]:
 def _of_batches(
     one: Mapping[str, Any], other: Mapping[str, Any], drawn: tuple[str, ...]
 ) -> tuple[Kind, list[str]] | None:
+    if one["epoch"] != other["epoch"]:
+        return END, [f"epoch {one['epoch']}, then {other['epoch']}"]
     if one["samples"] != other["samples"]:
-        return _ORDER, [f"{one['samples']}", f"{other['samples']}"]
+        return ORDER, [f"{one['samples']}", f"{other['samples']}"]
     if one["data"] != other["data"]:
-        return _DATA, [f"samples {one['samples']}"] if one["samples"] else []
+        return DATA, [f"samples {one['samples']}"] if one["samples"] else []
     values = [
         {k: v for k, v in d["values"].items() if _RNGS not in k or k.startswith(drawn)}
         for d in (one, other)
     ]
-    for kind in _KINDS:
-        mine = [
-            {k: v for k, v in d.items() if k.startswith(kind.prefixes)} for d in values
-        ]
+    for kind in KINDS:
+        mine = [{k: v for k, v in d.items() if re.match(kind.paths, k)} for d in values]
         if details := list(_changed(*mine)):
             return kind, details
     return None
@@ -165,22 +125,12 @@ def _changed(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[str]:
         yield f"and {len(names) - _SHOWN} more"
 
 
-def explain(difference: Difference, is_repeatable: bool, is_cuda: bool) -> list[str]:
-    """What to say of a difference; not repeatable: two runs without a stop differ."""
-    cause, cure = difference.kind.cause, difference.kind.cure
-    if not is_repeatable:
-        if difference.kind in (_ORDER, _DATA):
-            cause = "a generator without a seed, or what changes with time"
-        elif is_cuda:
-            cause = "kernels whose results depend on the order in which threads come"
-            cure = "pass `enable_deterministic=True` to the Trainer"
-        else:
-            cause = "a generator without a seed, or what changes with time or threads"
-            cure = "seed it, or make it an attribute of the model, which saves it"
+def describe(difference: Difference, advice: Advice) -> list[str]:
+    """What to say of a difference, line by line."""
     return [
         f"first difference: {difference.kind.name}, rank {difference.rank}, at "
         f"{difference.where}",
         *(f"  {line}" for line in difference.details),
-        f"likely cause: {cause}",
-        f"cure: {cure}",
+        f"likely cause: {advice.cause}",
+        f"cure: {advice.cure}",
     ]

@@ -37,8 +37,9 @@ class Trace(Callback):
     where they are short, of what the run is made of.
     """
 
-    def __init__(self, folder: Path, stop: str | None, last: str | None) -> None:
-        self._folder, self._stop, self._last = folder, stop, last
+    def __init__(self, folder: Path, is_loop: bool) -> None:
+        self._folder, self._is_loop = folder, is_loop
+        self._stop, self._last = os.environ.get(STOP), os.environ.get(LAST)
 
     def on_training_batch_end(self, session: Session) -> None:
         state, loaded = session.state, session.engine.loaded
@@ -52,7 +53,8 @@ class Trace(Callback):
             samples=None if indices is None else listed(indices),
             data=_data(loaded.data),
             values=dict(_values(session)),
-            attributes=dict(_attributes(session._model)),
+            attributes={} if self._is_loop else dict(_attributes(session._model)),
+            is_loop=self._is_loop,
         )
         name, number = session._model.save_name, str(state.global_iteration)
         if number == self._last or f"{name}:{number}" == self._stop:
@@ -142,14 +144,17 @@ def _attributes(model: Any) -> Iterator[tuple[str, str]]:
             yield name, text if is_short else f"{text[:_SHOWN]}..."
 
 
-def traces(path: str | os.PathLike[str]) -> tuple[Path, list[Callback]]:
+def traces(
+    path: str | os.PathLike[str], *, is_loop: bool = False
+) -> tuple[Path, list[Callback]]:
     """Where a run below ``path`` is to write, and what is to be attached to it.
 
-    That place and nothing, unless the environment asks for a trace.
+    That place and nothing, unless the environment asks for a trace. ``is_loop`` says
+    that the user has written the loop.
     """
     if (place := os.environ.get(FOLDER)) is None:
         return Path(path), []
-    trace = Trace(Path(place), os.environ.get(STOP), os.environ.get(LAST))
+    trace = Trace(Path(place), is_loop)
     return Path(place) / "run" / os.path.basename(path), [trace]
 
 

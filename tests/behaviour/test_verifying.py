@@ -8,18 +8,21 @@ import pytest
 from click.testing import CliRunner
 
 from helios.cli import main
+from helios.verifying.causes import KINDS as CAUSES
+from helios.verifying.causes import RATE, UNEQUAL, WEIGHTS, advice
 from helios.verifying.comparing import Run, first_difference
 
 SCRIPT = pathlib.Path(__file__).with_name("verified_script.py")
+LOOP = SCRIPT.with_name("verified_loop.py")
 RANKS = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def verify(monkeypatch, tmp_path, kind, *options, launcher=()):
+def verify(monkeypatch, tmp_path, kind, *options, launcher=(), script=SCRIPT):
     """Exit status and output; the script finds `support`."""
     tests = SCRIPT.parents[1]
     monkeypatch.setenv("PYTHONPATH", f"{tests.parent}:{tests}")
     monkeypatch.chdir(tmp_path)
-    command = [sys.executable, *launcher, str(SCRIPT), kind]
+    command = [sys.executable, *launcher, str(script), kind]
     done = CliRunner().invoke(main, ["verify-resume", *options, *command])
     print(done.output)
     return done.exit_code, done.output
@@ -72,6 +75,64 @@ def test_generator_from_which_nobody_draws_is_of_no_matter():
         found = first_difference(trace("a", "d"), other, 0)
         assert (found.kind.name, found.batch) == ("random numbers", 1)
     assert first_difference(trace("a", "a"), trace("a", "c"), 0).batch == 2
+
+
+def test_rate_differs_before_the_weights_that_come_of_it():
+    lr, weight = "training.model.optimizers.o.param_groups.0.lr", "model.weight"
+    runs = [trace("a"), trace("a")]
+    for run, value in zip(runs, "01", strict=True):
+        run.batches[1]["values"] |= {weight: value, lr: value}
+    assert first_difference(*runs, 0).kind is RATE
+    runs[1].batches[1]["values"][lr] = "0"
+    assert first_difference(*runs, 0).kind is WEIGHTS
+
+
+def test_epochs_that_end_elsewhere_are_told_from_samples_in_another_order():
+    one, other = trace("a", "a"), trace("a", "a")
+    one.batches[2] |= {"epoch": 1, "samples": [0]}
+    other.batches[2] |= {"epoch": 0, "samples": [1]}
+    found = first_difference(one, other, 0)
+    assert found.kind.name == "the epoch of the batch"
+    assert (found.batch, found.details) == (2, ["epoch 1, then 0"])
+    other.batches[2]["epoch"] = 1
+    assert first_difference(one, other, 0).kind.name == "the samples of the batch"
+
+
+def test_what_is_said_fits_who_has_written_the_loop():
+    for kind in (*CAUSES, UNEQUAL):
+        for is_repeatable, is_cuda in (True, True), (False, True), (False, False):
+            facts = {"is_repeatable": is_repeatable, "is_cuda": is_cuda}
+            own = " ".join(advice(kind, **facts, is_loop=True))
+            other = " ".join(advice(kind, **facts, is_loop=False))
+            assert "session" in own or "CUBLAS" in own
+            assert "session" not in other
+            for word in "user_state_dict", "attribute", "Trainer", "hook":
+                assert word not in own, own
+
+
+LOOPS = [
+    ("variable", ["a loss or a score", "begins anew", "keep a variable in `session.n"]),
+    ("rate", ["a learning rate", "0.lr`: 0.0125, then 0.1", "`session.state.current"]),
+    ("drawing", ["random numbers", "the loop has drawn", "keep it in `session.notes`"]),
+    ("leaving", ["the epoch of the batch", "by `break`", "or count by `session.state"]),
+    ("patience", ["the number of batches", "a patience", "  15 batches\n  20 batches"]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "expected"), LOOPS, ids=[k for k, _ in LOOPS])
+def test_cause_and_cure_fit_a_loop_on_a_session(monkeypatch, tmp_path, kind, expected):
+    status, output = verify(monkeypatch, tmp_path, kind, "--at", "7", script=LOOP)
+    assert status == 1
+    assert "not saved: `self." not in output
+    for text in expected:
+        assert text in output
+
+
+@pytest.mark.slow
+def test_variable_in_the_notes_is_the_cure(monkeypatch, tmp_path):
+    status, output = verify(monkeypatch, tmp_path, "kept", "--at", "7", script=LOOP)
+    assert (status, "IDENTICAL" in output) == (0, True)
 
 
 KINDS = [

@@ -1,0 +1,47 @@
+"""Run by test_verifying.py: a loop on a Session, of a kind that its argument names."""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader, TensorDataset
+
+import helios
+
+torch.set_num_threads(1)
+kind = sys.argv[1]
+accelerator = Accelerator(cpu=True)
+set_seed(1)
+data = TensorDataset(torch.randn(20, 4), torch.randn(20, 1))
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+model, optimizer, loader = accelerator.prepare(
+    model, optimizer, DataLoader(data, batch_size=4)
+)
+session = helios.Session(accelerator, "runs/loop", loaders=loader)
+n = worse = 0
+if kind == "kept":
+    n = session.notes.get("n", n)
+for _ in session.epochs(4):
+    for inputs, targets in session.batches():
+        loss = (model(inputs) - targets).square().mean()
+        if kind in ("variable", "kept"):
+            loss = loss * (1 + 0.1 * n)
+        accelerator.backward(loss)
+        if kind == "rate":
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + n)
+        if kind == "drawing" and n % 4 == 3:
+            torch.rand(1)
+        optimizer.step()
+        optimizer.zero_grad()
+        n += 1
+        if kind == "kept":
+            session.notes["n"] = n
+        session.log({"loss": loss})
+        if kind == "leaving" and n % 4 == 0:
+            break
+    if kind == "patience":
+        worse += 1
+        if worse > 2:
+            break
