@@ -2,7 +2,11 @@
 
     accelerate launch examples/porting/accumulation_accelerate.py runs/original
 
+On CPUs this is one rank, and `helios launch --cpu --num_processes 2 ...` starts two.
+
 Which digit a network sees, as a number: a regression, with means over the ranks.
+The 1350 samples are 85 batches, or 43 on each of two ranks, so that the last window of
+four batches is a short one.
 """
 
 import argparse
@@ -23,8 +27,8 @@ def main(args):
     order = torch.randperm(len(images))
     images = torch.tensor(images / 16, dtype=torch.float32)[order]
     targets = torch.tensor(labels, dtype=torch.float32)[order] / 10
-    train = TensorDataset(images[:1400], targets[:1400])
-    valid = TensorDataset(images[1400:], targets[1400:])
+    train = TensorDataset(images[:1350], targets[:1350])
+    valid = TensorDataset(images[1350:], targets[1350:])
     train_loader = DataLoader(train, batch_size=16, num_workers=1)
     valid_loader = DataLoader(valid, batch_size=100)
 

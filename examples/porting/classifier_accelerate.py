@@ -2,6 +2,8 @@
 
     accelerate launch examples/porting/classifier_accelerate.py runs/original
 
+On CPUs this is one rank, and `helios launch --cpu --num_processes 2 ...` starts two.
+
 Stopped, it begins again: what `save_state` has saved is for who writes the rest.
 """
 
@@ -30,8 +32,12 @@ def main(args):
     valid_loader = DataLoader(valid, batch_size=64)
 
     model = nn.Sequential(
-        *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
-        *(nn.Flatten(), nn.Dropout(0.4), nn.Linear(16 * 8 * 8, 10)),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.4),
+        nn.Linear(16 * 8 * 8, 10),
     )
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = OneCycleLR(optimizer, 5e-3, args.epochs * len(train_loader))

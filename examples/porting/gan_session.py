@@ -2,6 +2,8 @@
 
     accelerate launch examples/porting/gan_session.py runs/port
 
+On CPUs this is one rank, and `helios launch --cpu --num_processes 2 ...` starts two.
+
 Two networks with an optimizer each: one makes digits, the other tells them from real.
 """
 
@@ -29,13 +31,20 @@ def main(args):
     loader = DataLoader(TensorDataset(images), batch_size=64, shuffle=True)
 
     generator = nn.Sequential(
-        *(nn.Linear(LATENT, 128), nn.LeakyReLU(0.2)),
-        *(nn.Linear(128, 128), nn.LeakyReLU(0.2)),
-        *(nn.Linear(128, 64), nn.Tanh()),
+        nn.Linear(LATENT, 128),
+        nn.LeakyReLU(0.2),
+        nn.Linear(128, 128),
+        nn.LeakyReLU(0.2),
+        nn.Linear(128, 64),
+        nn.Tanh(),
     )
     discriminator = nn.Sequential(
-        *(nn.Linear(64, 128), nn.LeakyReLU(0.2), nn.Dropout(0.3)),
-        *(nn.Linear(128, 128), nn.LeakyReLU(0.2), nn.Dropout(0.3)),
+        nn.Linear(64, 128),
+        nn.LeakyReLU(0.2),
+        nn.Dropout(0.3),
+        nn.Linear(128, 128),
+        nn.LeakyReLU(0.2),
+        nn.Dropout(0.3),
         nn.Linear(128, 1),
     )
     optimizer_g = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999))

@@ -2,6 +2,8 @@
 
     accelerate launch examples/porting/gpt_accelerate.py runs/original
 
+On CPUs this is one rank, and `helios launch --cpu --num_processes 2 ...` starts two.
+
 It learns what the sources of Python's standard library look like.
 """
 
@@ -42,7 +44,13 @@ class GPT(nn.Module):
         self.places = nn.Embedding(CONTEXT, width)
         self.dropout = nn.Dropout(dropout)
         layer = nn.TransformerEncoderLayer(
-            *(width, 4, 4 * width, dropout, "gelu"), batch_first=True, norm_first=True
+            width,
+            nhead=4,
+            dim_feedforward=4 * width,
+            dropout=dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.blocks = nn.TransformerEncoder(layer, n_layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, n_letters)

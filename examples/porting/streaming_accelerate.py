@@ -2,10 +2,13 @@
 
     accelerate launch examples/porting/streaming_accelerate.py runs/original
 
+On CPUs this is one rank, and `helios launch --cpu --num_processes 2 ...` starts two.
+
 It reads the sources of Python's standard library, and says which byte comes next.
 """
 
 import argparse
+import math
 import os
 import random
 from pathlib import Path
@@ -22,16 +25,16 @@ WINDOW = 64  # bytes
 class Sources(IterableDataset):
     """Windows of some files, which come in another order in each epoch."""
 
-    def __init__(self, pattern, most):
-        self.files = sorted(Path(os.__file__).parent.glob(pattern))[:most]
+    def __init__(self, pattern, n_files):
+        self.files = sorted(Path(os.__file__).parent.glob(pattern))[:n_files]
         self.epoch = 0
 
     def set_epoch(self, epoch):  # Accelerate calls it
         self.epoch = epoch
 
     def __iter__(self):
-        order = random.Random(self.epoch)
-        for file in order.sample(self.files, len(self.files)):
+        rng = random.Random(self.epoch)
+        for file in rng.sample(self.files, len(self.files)):
             with open(file, "rb") as source:
                 while len(window := source.read(WINDOW)) == WINDOW:
                     yield torch.tensor(list(window))
@@ -77,7 +80,7 @@ def main(args):
             with torch.no_grad():
                 loss = model(windows)
             losses.append(accelerator.gather_for_metrics(loss))
-        bits = torch.cat(losses).mean() / 0.6931
+        bits = torch.cat(losses).mean() / math.log(2)
         accelerator.print(f"epoch {epoch}: {bits:.3f} bits a byte")
 
     accelerator.save_model(model, f"{args.folder}/final")

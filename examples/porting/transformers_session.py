@@ -2,6 +2,8 @@
 
     accelerate launch examples/porting/transformers_session.py runs/port
 
+On CPUs this is one rank, and `helios launch --cpu --num_processes 2 ...` starts two.
+
 It tells from a line of Python's standard library which package it is from. The network
 is made from a configuration, so that nothing has to be downloaded.
 """
@@ -48,8 +50,8 @@ def collate(lines):
 
 
 def main(args):
-    config = DataLoaderConfiguration(use_seedable_sampler=True)
-    accelerator = Accelerator(cpu=args.cpu, dataloader_config=config)
+    loader_config = DataLoaderConfiguration(use_seedable_sampler=True)
+    accelerator = Accelerator(cpu=args.cpu, dataloader_config=loader_config)
     set_seed(args.seed)
 
     train, valid = random_split(read_lines(), [0.8, 0.2])
@@ -57,7 +59,7 @@ def main(args):
     train_loader = DataLoader(train, shuffle=True, **options)
     valid_loader = DataLoader(valid, **options)
 
-    config = BertConfig(
+    bert_config = BertConfig(
         vocab_size=256,
         hidden_size=32,
         num_hidden_layers=2,
@@ -66,7 +68,7 @@ def main(args):
         max_position_embeddings=64,
         num_labels=len(PACKAGES),
     )
-    model = BertForSequenceClassification(config)
+    model = BertForSequenceClassification(bert_config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     n_steps = args.epochs * len(train_loader)
     scheduler = get_linear_schedule_with_warmup(optimizer, n_steps // 10, n_steps)
