@@ -18,14 +18,18 @@ class Change(NamedTuple):
     adds: bool = False  # to what it was before
 
 
-def carried_by(loop: ast.For | ast.AsyncFor) -> dict[str, list[Change]]:
+def carried_by(
+    loop: ast.For | ast.AsyncFor, behind: set[str]
+) -> dict[str, list[Change]]:
     """By name, what a turn reads before it has set it, and changes, and where.
 
-    Names may have dots. A loop inside is taken to have a turn at least.
+    Also what some turns only change, of what is read `behind` the loop. Names may have
+    dots. A loop inside is taken to have a turn at least.
     """
     turn = _Turn()
-    turn.run(loop.body, set(_stored(loop.target)))
-    return {n: found for n, found in turn.changes.items() if n in turn.exposed}
+    known = turn.run(loop.body, set(_stored(loop.target)))
+    wanted = turn.exposed | (behind - (known or set()))
+    return {n: found for n, found in turn.changes.items() if n in wanted}
 
 
 def assigned_by(node: ast.stmt) -> Known:

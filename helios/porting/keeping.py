@@ -60,14 +60,15 @@ class Keeper:
         for node in nodes:
             if isinstance(node, ast.Global | ast.Nonlocal):
                 self._given.update(node.names)
-        over_epochs, over_batches = map(carried_by, (self._epoch, self._loop))
+        within = list(ast.walk(self._epoch))
+        over_epochs = carried_by(self._epoch, _read_behind(self._epoch, nodes))
+        over_batches = carried_by(self._loop, _read_behind(self._loop, within))
         before = [n for n in nodes if getattr(n, "lineno", 0) < self._epoch.lineno]
         kept = list(self._kept(over_epochs, before))
         self._insert(
             self._epoch, [f'{n} = session.notes.get("{n}", {n})' for n in kept]
         )
-        inside = [n for n in ast.walk(self._epoch) if n is not self._epoch]
-        inside = [n for n in inside if getattr(n, "lineno", 0) < self._loop.lineno]
+        inside = [n for n in within if getattr(n, "lineno", 0) < self._loop.lineno]
         rest = {n: c for n, c in over_batches.items() if n not in over_epochs}
         anew = list(self._kept(rest, inside))
         if anew:
@@ -168,6 +169,13 @@ class Keeper:
         indent = " " * before.col_offset
         text = "".join(f"{indent}{line}\n" for line in lines)
         self.insertions.append(Insertion(before.lineno - 1, text))
+
+
+def _read_behind(loop: ast.For, among: list[ast.AST]) -> set[str]:
+    """The names that are read behind a loop."""
+    nodes = [n for n in among if isinstance(n, ast.Name | ast.Attribute)]
+    nodes = [n for n in nodes if n.lineno > (loop.end_lineno or 0)]
+    return {dotted(n) for n in nodes if isinstance(n.ctx, ast.Load)}
 
 
 def _is_container(value: ast.expr) -> bool:

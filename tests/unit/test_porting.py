@@ -794,6 +794,34 @@ KEPT = {
             '    session.notes["seen"] = seen',
         ],
     ),
+    "what some epochs set, and is read behind them all": (
+        {"before": "x = ''\n", "end": "    if f():\n        x = 'a'\nprint(x)\n"},
+        [
+            "x = ''",
+            'x = session.notes.get("x", x)',
+            "    if f():",
+            "        x = 'a'",
+            '        session.notes["x"] = x',
+            "print(x)",
+        ],
+    ),
+    "what some batches set, and is read behind them": (
+        {
+            "start": "    x = 0\n",
+            "step": "        if f():\n            x = 1\n",
+            "end": "    print(x)\n",
+        },
+        [
+            "    x = 0",
+            "    if session.state.dataset_iter:  # a resume has entered the epoch",
+            '        x = session.notes.get("x", x)',
+            '    session.notes["x"] = x',
+            "        if f():",
+            "            x = 1",
+            '            session.notes["x"] = x',
+            "    print(x)",
+        ],
+    ),
     "the sum of an epoch": (
         {"start": "    total = 0\n", "step": "        total += 1\n"},
         [
@@ -866,6 +894,8 @@ NOT_CARRIED = [
     ("", "", "        loss = f()\n        loss += 1\n", "    print(loss)\n"),
     ("", "    found = []\n", "", "    found.append(f())\n    print(found)\n"),
     ("best = 0\n", "", "", "    print(best)\n"),
+    ("x = 0\n", "", "", "    x = f()\nprint(x)\n"),
+    ("x = 0\n", "", "", "    if f():\n        x = 1\nx = 2\n"),
     ("", "", "        if f(step):\n            x = 1\n        print(x)\n", ""),
     ("bar = tqdm(9)\n", "", "        bar.update(1)\n", ""),
     ("x = 0\n", "", "", "    print([x for x in f()])\n    x = 1\n"),
