@@ -58,7 +58,7 @@ LIMITS_LINES = {
     "porting": 560,
     "porting.writing": 245,
     "porting.carried": 150,
-    "porting.keeping": 190,
+    "porting.keeping": 225,
     "porting.placing": 90,
     "porting.command": 90,
     "handwritten": 580,

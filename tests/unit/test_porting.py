@@ -889,6 +889,39 @@ def test_variables_that_are_not_kept_are_told_of(kind):
     assert "notes" not in port.text
 
 
+STOPPER = """\
+class Stopper{}:
+    def __init__(self):
+        self.n = 0
+    def check(self):
+        self.n += 1
+{}
+stopper = Stopper()
+"""
+SAVING = "    def state_dict(self):\n        return vars(self)\n"
+
+
+def test_objects_that_count_are_told_of():
+    port = ported(STOPPER.format("", ""), end="    stopper.check()\n")
+    assert port.left == [
+        "line 15: `stopper` begins anew at a resume: give it `state_dict` and "
+        "`load_state_dict`, and register it for checkpointing before the session is "
+        "made"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "method", "end"),
+    [
+        ("", SAVING, "    stopper.check()\n"),
+        ("(torch.nn.Module)", "", "    stopper.check()\n"),
+        ("", "", "    check()\n"),  # what no turn uses
+    ],
+)
+def test_objects_that_are_saved_or_not_used_are_left_alone(base, method, end):
+    assert ported(STOPPER.format(base, method), end=end).left == []
+
+
 NOT_CARRIED = [
     ("loss = None\n", "", "        loss = f()\n", "    print(loss)\n"),
     ("", "", "        loss = f()\n        loss += 1\n", "    print(loss)\n"),
