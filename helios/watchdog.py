@@ -28,7 +28,7 @@ EXIT_STATUS = 1
 _LOOKS = 20  # in the time after which a run counts as hung
 _ANSWER_S = 5.0  # for all ranks to say where they are
 _HERE = os.path.dirname(os.path.abspath(__file__))
-# Where a rank is that waits for others: in a vote, a collective, or a backward with one.
+# Where a rank is that waits for others: a vote, a collective, a backward with one.
 _WAITING: tuple[str, ...] = (
     os.path.join(_HERE, "voting.py"),
     os.path.join("torch", "distributed", ""),
