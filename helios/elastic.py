@@ -17,7 +17,7 @@ from helios.stopping.status import EXIT_STOPPED, end_soon
 
 #: How long ranks that are asked to stop may take to save. Who asks has a limit, or the
 #: run has `stop_grace_s`; torch would kill them after 30 seconds.
-_PATIENCE_S = 24 * 3600
+_PATIENCE_S = 3600
 _POLITE = {0, *(128 + s for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))}
 
 

@@ -97,8 +97,7 @@ class Engine:
                 "under torchrun, or start with `helios launch`; leave out an "
                 "`accelerator` of your own, or let it see RANK and LOCAL_RANK"
             )
-        if self.world_size > 1:
-            self._votes = Votes()
+        self.votes = Votes(self.device) if self.world_size > 1 else None
         if self.world_size > 1 and not Engine._waits_at_exit:
             # A thread of gloo may still hold the last collective's tensors. To let go
             # of them it needs Python, and aborts the process where that has ended.
@@ -318,7 +317,7 @@ class Engine:
 
     def agree_each(self, *flags: bool) -> list[bool]:
         """As :meth:`agree`, of several questions at once; every rank must call."""
-        return list(flags) if self.world_size == 1 else self._votes.any_of(flags)
+        return list(flags) if self.votes is None else self.votes.any_of(flags)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """One picklable value of every rank, in rank order; every rank must call."""

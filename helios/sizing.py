@@ -16,6 +16,7 @@ from helios.engine import Engine, find_executable_batch_size
 from helios.errors import HeliosError, LaunchError
 from helios.failures.ending import is_out_of_memory
 from helios.loggers.text import get_root_logger, text_logging
+from helios.loop import OF_ANOTHER
 from helios.model.model import Model
 from helios.stopping.requests import Stopped
 from helios.trials import each_by_itself, note_tried
@@ -29,11 +30,11 @@ _STEPS = 2  # from the second one on the optimizers have their states
 _TRIAL: dict[str, Any] = {
     **dict.fromkeys(("valid_frequency", "chkpt_frequency", "print_frequency")),
     **dict.fromkeys(("early_stop_cycles", "chkpt_interval_s", "hang_timeout_s")),
-    **dict.fromkeys(("chkpt_root", "log_root", "log_path", "run_path", "src_root")),
+    **dict.fromkeys(("chkpt_root", "run_path", "src_root")),
     **dict.fromkeys(("keep_last", "keep_every", "keep_best", "log_with")),
     **dict.fromkeys(("bad_numbers", "crash_bundle", "batch_size")),
-    **dict.fromkeys(("enable_tensorboard", "enable_file_logging"), False),
-    **dict.fromkeys(("enable_progress_bar", "print_banner"), False),
+    **dict.fromkeys(("enable_tensorboard", "enable_progress_bar"), False),
+    "print_banner": False,
     "exit_when_stopped": False,
     "train_unit": "iteration",
     "total_steps": _STEPS,
@@ -70,6 +71,7 @@ def find_parts(trainer: Trainer, model: Model, datamodule: DataModule) -> int | 
 def _find(trainer: Trainer, model: Model, datamodule: DataModule) -> int:
     trial = dataclasses.replace(trainer, **_TRIAL)
     trial._stops = trainer._stops  # of the whole call
+    largest = 0
     with trial._running(model, datamodule, ()) as engine:
         if saved := _saved_on_main(trainer, model, engine):
             return saved
@@ -81,6 +83,10 @@ def _find(trainer: Trainer, model: Model, datamodule: DataModule) -> int:
             )
         trial._set_up_data(engine, datamodule)
         largest = math.gcd(*(p.params.batch_size for p in datamodule._phases()))
+        if engine.world_size > 1:
+            trial.train_exceptions = ()  # they end the run, and have to be told
+    if not largest:
+        raise Stopped(trial._stops.reason)
 
     def attempt(size: int) -> int:
         trial._parts = largest // size
@@ -92,6 +98,7 @@ def _find(trainer: Trainer, model: Model, datamodule: DataModule) -> int:
             is_full = bool(found)
         except Exception as error:
             is_full = is_out_of_memory(error)
+            trial._stops.withdraw(OF_ANOTHER)  # as for data that cannot be read
             if engine.world_size > 1 and is_full:
                 # Not to be taken for a sign to try less: the others are elsewhere.
                 raise LaunchError(

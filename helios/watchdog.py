@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import sys
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 EXIT_STATUS = 1
 _LOOKS = 20  # in the time after which a run counts as hung
 _ANSWER_S = 5.0  # for all ranks to say where they are
+_EARLY = 0.8  # of a collective's time, after which the ranks say it anyway
+_numbers = itertools.count()  # of watchdogs, the same on all ranks
 _HERE = os.path.dirname(os.path.abspath(__file__))
 # Where a rank is that waits for others: a vote, a collective, a backward with one.
 _WAITING: tuple[str, ...] = (
@@ -48,12 +51,17 @@ def watched(session: Session, timeout_s: float | None) -> Iterator[None]:
 
     It writes the stacks of all threads to the log, says which ranks are behind, and
     ends at once: the last checkpoint stands. Each rank has such a watchdog; the one
-    that hangs has one too, as long as it lets other threads run.
+    that hangs has one too, as long as it lets other threads run. With None, several
+    ranks write as much, once, before the time of a collective is over. Every rank must
+    call.
     """
+    ends, votes = timeout_s is not None, session.engine.votes
     if timeout_s is None:
-        yield
-        return
-    ended = threading.Event()
+        if votes is None:
+            yield
+            return
+        timeout_s = _EARLY * votes.timeout.total_seconds()
+    ended, number = threading.Event(), next(_numbers)
     main = threading.get_ident()
 
     def watch() -> None:
@@ -63,8 +71,10 @@ def watched(session: Session, timeout_s: float | None) -> Iterator[None]:
             if now != seen:
                 seen, since_s = now, time.monotonic()
             elif time.monotonic() - since_s >= timeout_s:
-                report = partial(_report, session, main, timeout_s)
+                report = partial(_report, session, main, timeout_s, number)
                 last_words(report, 2 * _ANSWER_S + 2)
+                if not ends:
+                    return
                 for worker in multiprocessing.active_children():
                     worker.kill()  # it may be the one that hangs, and would stay
                 os._exit(EXIT_STATUS)
@@ -83,7 +93,7 @@ def _progress(session: Session) -> tuple[int, ...]:
     return state.global_iteration, state.validation_cycles, session.beats
 
 
-def _report(session: Session, main: int, timeout_s: float) -> None:
+def _report(session: Session, main: int, timeout_s: float, number: int) -> None:
     rank, frames = session.engine.rank, sys._current_frames()
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     stacks = [
@@ -98,7 +108,8 @@ def _report(session: Session, main: int, timeout_s: float) -> None:
     )
     if session.engine.world_size > 1:
         # On a thread of its own: the store, too, may not answer.
-        told = threading.Thread(target=_compare, args=(session, where), daemon=True)
+        arguments = session, where, number
+        told = threading.Thread(target=_compare, args=arguments, daemon=True)
         told.start()
         told.join(2 * _ANSWER_S)
 
@@ -121,11 +132,11 @@ def _where(session: Session, frame: FrameType | None) -> dict[str, Any]:
     }
 
 
-def _compare(session: Session, where: dict[str, Any]) -> None:
+def _compare(session: Session, where: dict[str, Any], number: int) -> None:
     """Exchange with the other ranks where each is; the main rank writes it down."""
     engine = session.engine
     base = torch.distributed.distributed_c10d._get_default_store()
-    store = torch._C._distributed_c10d.PrefixStore("helios-watchdog", base)
+    store = torch._C._distributed_c10d.PrefixStore(f"helios-watchdog-{number}", base)
     progress = " ".join(map(str, where["progress"]))
     store.set(f"{engine.rank}", f"{int(where['waits'])} {progress} {where['text']}")
     if not engine.is_main:

@@ -18,6 +18,9 @@ from typing import Any
 from torch import distributed
 
 _SETUP_S = 10.0
+# A host that is gone is missed after five minutes by who only waits for it. TCP's own
+# limit, a quarter of an hour, is for who sends.
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 30, "TCP_KEEPCNT": 8}
 _BYTES = [bytes([value]) for value in range(256)]
 
 
@@ -69,20 +72,25 @@ class Wires:
         """Send a byte that far, and get one from as far; that rank must call as well.
 
         Raises a RuntimeError, as collectives do, where the other rank has ended or the
-        time is over.
+        time is over, and from then on: a byte that is late would be another's answer.
         """
+        other = self._rank + distance
         try:
             self._to[distance].sendall(_BYTES[value])
+            other = self._rank - distance
             got = self._from[distance].recv(1)
-        except OSError as error:
-            raise RuntimeError(self._tell(distance, f"is lost: {error}")) from error
-        if not got:
-            raise RuntimeError(self._tell(distance, "has closed its connection"))
+            if not got:
+                raise ConnectionError("it has closed its connection")
+        except BaseException as error:
+            _close(self._to, self._from)
+            if not isinstance(error, OSError | KeyError):
+                raise
+            why = "an earlier one failed" if isinstance(error, KeyError) else error
+            raise RuntimeError(
+                f"rank {self._rank} cannot exchange messages with rank "
+                f"{other % self._ranks}: {why}"
+            ) from error
         return got[0]
-
-    def _tell(self, distance: int, what: str) -> str:
-        other = (self._rank - distance) % self._ranks
-        return f"rank {other}, from which rank {self._rank} waits for a message, {what}"
 
     def _connect(self, distance: int, address: Any, token: bytes) -> None:
         if address is None:
@@ -97,10 +105,19 @@ class Wires:
         connection, _ = door.accept()
         with contextlib.ExitStack() as stack:
             stack.enter_context(connection)
-            connection.settimeout(self._left_s())
-            hello = connection.recv(len(token) + 4, socket.MSG_WAITALL)
+            hello = b""
+            while len(hello) < len(token) + 4:
+                connection.settimeout(self._left_s())
+                if not (part := connection.recv(len(token) + 4 - len(hello))):
+                    return
+                hello += part
             if secrets.compare_digest(hello[: len(token)], token):  # else a stranger
                 self._from[int.from_bytes(hello[len(token) :], "big")] = connection
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, number in _KEEPALIVE.items():
+                    if hasattr(socket, name):  # not everywhere
+                        option = getattr(socket, name)
+                        connection.setsockopt(socket.IPPROTO_TCP, option, number)
                 stack.pop_all()
 
 

@@ -81,6 +81,7 @@ def ending(trainer: Trainer, engine: Engine, silent: Sequence[Any]) -> Iterator[
     if session is not None:
         attempt(session.close)
     trainer._session = model._session = None
+    trainer._stops.request_save = lambda: None  # which has held the session
     attempt(open_writer, None)
     if failures:
         first, raised = failures[0], None

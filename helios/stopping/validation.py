@@ -24,7 +24,7 @@ class Votes:
     """Has the ranks vote on a stop within an evaluation: all after the same batches.
 
     That is as often as a stop may wait, about, and not with each batch: ``agree_each``
-    is that of the engine, which costs more than a small batch.
+    is that of the engine, which may cost as much as a small batch.
     """
 
     def __init__(

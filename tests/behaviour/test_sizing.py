@@ -1,17 +1,21 @@
 """A batch size that is found before the run, by trying."""
 
+import gc
 import json
 import os
 import signal
 import time
+import weakref
 
 import pytest
 import torch
-from support import IdModel, IndexData, StopAt, digest, run_ranks, train
+from support import IdModel, IndexData, IndexDataset, StopAt, digest, run_ranks, train
 
 import helios
 from helios.checkpoint import CheckpointStore
+from helios.engine import Engine
 from helios.errors import LaunchError, ModelError
+from helios.loop import Run
 
 OPTIONS = {"total_steps": 2, "batch_size": "auto"}
 
@@ -142,6 +146,69 @@ def test_program_that_asks_for_a_stop_in_a_trial_is_heard(tmp_path, capsys):
     assert "by the program: stopped before training" in capsys.readouterr().err
 
 
+class StoppedData(IndexData):
+    """Asks for a stop in a part of its setup."""
+
+    def __init__(self, place):
+        super().__init__(24, batch_size=4)
+        self.place = place
+
+    def prepare_data(self):
+        if self.place == "prepare_data":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def setup(self):
+        super().setup()
+        if self.place == "setup":
+            self.trainer.request_stop("by the program")
+
+
+@pytest.mark.parametrize("place", ["prepare_data", "setup"])
+def test_stop_in_the_setup_of_a_trial_is_not_lost(tmp_path, capsys, place):
+    model = Large(100)
+    assert not train(model, StoppedData(place), tmp_path, **OPTIONS)[0]
+    assert "stopped before training, to start again" in capsys.readouterr().err
+    assert not hasattr(model, "net")
+
+
+def test_data_that_cannot_be_read_are_an_error_of_the_run(tmp_path, monkeypatch):
+    make_run = Run.__init__
+
+    def with_copies_ahead(run, *args, **options):
+        make_run(run, *args, **options)
+        run._reads_ahead = True  # as on a GPU
+
+    class Broken(IndexDataset):
+        def __getitem__(self, index):
+            if index >= 4:
+                raise ValueError("sample is broken")
+            return super().__getitem__(index)
+
+    class BrokenData(IndexData):
+        def setup(self):
+            self._add_train_phase(Broken(24), {"batch_size": 4})
+
+    monkeypatch.setattr(Run, "__init__", with_copies_ahead)
+    with pytest.raises(ValueError, match="sample is broken"):
+        train(Large(100), BrokenData(), tmp_path, **OPTIONS)
+
+
+def test_nothing_of_a_trial_is_in_memory_when_the_next_one_is_placed(
+    tmp_path, monkeypatch
+):
+    prepare, made, alive = Engine.prepare, [], []
+
+    def counting(engine, networks, *others):
+        gc.collect()
+        alive.append(sum(each() is not None for each in made))
+        made.extend(map(weakref.ref, networks))
+        return prepare(engine, networks, *others)
+
+    monkeypatch.setattr(Engine, "prepare", counting)
+    assert train(Large(3), IndexData(24, batch_size=12), tmp_path, **OPTIONS)[0]
+    assert alive == [0] * 5  # trials of 12, 6, 4, 3, and the run
+
+
 def test_limit_of_time_is_for_trials_and_run_together(tmp_path, capsys):
     class Slow(Large):
         def train_step(self, batch, state):
@@ -197,6 +264,8 @@ class Large(IdModel):
         self.net.register_buffer("shared", torch.zeros(1))  # with each forward
         self.batches.clear()  # those of trials
     def train_step(self, batch, state):
+        if rooms[rank] == "raise":
+            raise ValueError("my step is wrong")
         if rooms[rank] != "none" and len(batch) > rooms[rank]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 TiB")
         super().train_step(batch, state)
@@ -213,7 +282,7 @@ if "none" not in rooms:
     model.train_step = model.train_step  # as of a step that was compiled
 trainer = helios.Trainer(
     use_cpu=True, total_steps=2, batch_size=sys.argv[2] or None, chkpt_root="runs",
-    accumulation_steps=int(sys.argv[4]),
+    accumulation_steps=int(sys.argv[4]), log_root=".", enable_file_logging=True,
 )
 try:
     trainer.fit(model, IndexData(32, batch_size=int(sys.argv[3]), shuffle=True))
@@ -223,8 +292,13 @@ except LaunchError as error:
     if "outside" in str(error):
         raise
     report = str(error)
+except (ValueError, RuntimeError) as error:
+    report = str(error)
+    if "raise" not in rooms:
+        raise
 pathlib.Path(f"report_{rank}.json").write_text(json.dumps(report))
-torch.distributed.barrier()
+if "raise" not in rooms:
+    torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
 
@@ -259,3 +333,11 @@ def test_memory_that_is_too_small_outside_of_a_step_ends_the_ranks(tmp_path):
         AssertionError, match="out of memory outside of its `train_step`"
     ):
         on_ranks(tmp_path / "elsewhere", [100, "none"], "auto", 4)
+
+
+def test_what_a_rank_raises_in_a_trial_is_in_its_log(tmp_path):
+    told = on_ranks(tmp_path / "raised", [100, "raise"], "auto", 4)
+    assert told[1] == "my step is wrong"
+    log = next((tmp_path / "raised").glob("*.rank_1.log")).read_text()
+    assert "rank 1 failed in step 1 (epoch 0, batch 0), samples [" in log
+    assert "ValueError: my step is wrong" in log

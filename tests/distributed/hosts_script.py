@@ -96,6 +96,6 @@ report = {
     "tested": digest(tested.net.state_dict()),
     "copies": model.copies,
     "host": os.uname().nodename,
-    "is_wired": Votes().is_wired,
+    "is_wired": Votes(torch.device("cpu")).is_wired,
 }
 (folder / f"rank_{rank}.json").write_text(json.dumps(report))

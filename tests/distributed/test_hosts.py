@@ -214,6 +214,50 @@ def test_network_is_cut_and_the_same_command_goes_on(hosts, whole, launcher):
     check(found, whole)
 
 
+VOTES = """
+import os, pathlib, sys, time
+from datetime import timedelta
+import torch
+from torch import distributed
+from helios import wires
+from helios.voting import Votes
+
+wires._KEEPALIVE = {"TCP_KEEPIDLE": 1, "TCP_KEEPINTVL": 1, "TCP_KEEPCNT": 3}
+distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+votes, folder = Votes(torch.device("cpu")), pathlib.Path(sys.argv[1])
+assert votes.is_wired
+assert votes.any_of((False,)) == [False]
+(folder / f"waits_{distributed.get_rank()}").touch()
+while not (folder / "go").exists():
+    time.sleep(0.05)
+try:
+    votes.any_of((False,))
+except RuntimeError as error:
+    print(error, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_rank_that_waits_for_a_vote_misses_a_host_that_is_gone(hosts):
+    folder = hosts[0].folder
+    for rank, host in enumerate(hosts):
+        env = {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+        env |= {"RANK": str(rank), "WORLD_SIZE": "2", "PATH": os.environ["PATH"]}
+        env |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(PORT)}
+        host.start(sys.executable, "-c", VOTES, folder, env=env)
+    until = time.monotonic() + TIMEOUT_S
+    while len(list(folder.glob("waits_*"))) < 2:
+        assert time.monotonic() < until, [host.end(0) for host in hosts]
+        time.sleep(0.02)
+    hosts[1].set_link("down")
+    (folder / "go").touch()
+    for host in hosts:
+        code, output = host.end(20)
+        assert code == 0, output
+        assert "cannot exchange messages with rank" in output
+
+
 @pytest.mark.slow
 def test_gradients_of_ranks_that_do_not_see_the_folder_are_saved_too(hosts, whole):
     # Inside an accumulation window, on a rank of the other host's wish.

@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from support import run_ranks
+from torch.distributed.launcher.api import LaunchConfig
 
 from helios.checkpoint import CheckpointStore
 from helios.stopping.status import EXIT_STOPPED
@@ -59,7 +62,51 @@ def test_rank_that_is_stuck_keeps_no_job_from_its_end(tmp_path, place):
         assert process.wait(60) == EXIT_STOPPED
 
 
+WAITING = """
+import time
+from datetime import timedelta
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+import helios
+from support import IdModel, IndexData
+
+torch.set_num_threads(1)
+
+class Model(IdModel):
+    def train_step(self, batch, state):
+        super().train_step(batch, state)
+        if state.global_iteration == 3 and self.rank == 1:
+            self.wait_too_long()
+
+    def wait_too_long(self):
+        time.sleep(7)
+
+limit = InitProcessGroupKwargs(timeout=timedelta(seconds=5))
+accelerator = Accelerator(cpu=True, kwargs_handlers=[limit])
+trainer = helios.Trainer(accelerator=accelerator, total_steps=3, print_banner=False)
+try:
+    trainer.fit(Model(), IndexData(40))
+except RuntimeError:
+    pass
+else:
+    raise AssertionError("a collective has a limit")
+"""
+
+
+def test_ranks_say_where_they_are_before_a_collective_times_out(tmp_path):
+    (tmp_path / "script.py").write_text(WAITING)
+    said = run_ranks(tmp_path / "script.py", 2, cwd=tmp_path)
+    report = said.index("NO BATCH HAS ENDED FOR 4 S")
+    assert said.count("NO BATCH HAS ENDED FOR 4 S") == 2
+    assert "rank 1: in wait_too_long" in said
+    assert re.search(r"^behind: rank 1$", said, re.M)
+    assert report < said.index("rank 0 failed")
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(LaunchConfig, "shutdown_timeout"), reason="torch has 30 seconds"
+)
 def test_ranks_have_the_time_that_they_need_to_save(tmp_path):
     with started(tmp_path, "long") as process:
         process.send_signal(signal.SIGTERM)

@@ -14,12 +14,13 @@ from helios import wires
 from helios.voting import Votes
 
 torch.set_num_threads(1)
-distributed.init_process_group("gloo", timeout=timedelta(seconds=float(sys.argv[1])))
+limit = timedelta(seconds=float(sys.argv[1]))
+distributed.init_process_group(sys.argv[2], timeout=limit)
 rank, ranks = distributed.get_rank(), distributed.get_world_size()
 """
 
 VOTE = """
-votes, shared = Votes(), random.Random(1)
+votes, shared = Votes(torch.device("cpu")), random.Random(1)
 assert votes.is_wired == is_wired
 for number in range(300):
     # Rarely a yes, of one rank or of several: each of them must come to all.
@@ -81,9 +82,9 @@ socket.create_server = with_stranger
 }
 
 
-def run(root, script, ranks, *, timeout_s=60):
+def run(root, script, ranks, *, timeout_s=60, backend="gloo"):
     (root / "script.py").write_text(START + script)
-    return run_ranks(root / "script.py", ranks, timeout_s, cwd=root)
+    return run_ranks(root / "script.py", ranks, timeout_s, backend, cwd=root)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
@@ -107,7 +108,7 @@ def test_meeting_by_ipv6(tmp_path):
 
 # A loader's worker lives on for a while where its rank was killed.
 LOST = """
-votes = Votes()
+votes = Votes(torch.device("cpu"))
 assert votes.any_of((False,)) == [False]
 if rank == 1:
     if os.fork() == 0:
@@ -127,7 +128,7 @@ os._exit(0)
 """
 
 HANGING = """
-votes = Votes()
+votes = Votes(torch.device("cpu"))
 assert votes.any_of((False,)) == [False]
 if rank == 1:
     time.sleep(4)
@@ -150,3 +151,45 @@ def test_a_rank_that_ends_is_missed_while_its_workers_live(tmp_path):
 
 def test_a_rank_that_hangs_is_missed_after_the_time_of_collectives(tmp_path):
     run(tmp_path, HANGING, 2, timeout_s=2)
+
+
+INTERRUPTED = """
+import signal
+votes = Votes(torch.device("cpu"))
+assert votes.is_wired
+if rank == 0:
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(1)
+    try:
+        votes.any_of((True,))
+    except KeyboardInterrupt:
+        pass
+else:
+    time.sleep(2)
+    assert votes.any_of((False,)) == [True]  # the other had sent it before
+for _ in range(2):
+    try:
+        votes.any_of((False,))
+    except RuntimeError as error:
+        said = str(error)
+    else:
+        raise AssertionError("what was sent before is no answer to this")
+assert "an earlier one failed" in said, said
+os._exit(0)
+"""
+
+
+def test_no_vote_goes_on_from_one_that_was_interrupted(tmp_path):
+    run(tmp_path, INTERRUPTED, 2)
+
+
+LIMITED = """
+votes = Votes(torch.device("cpu"))
+assert votes.is_wired and votes.timeout == limit
+assert [s.gettimeout() for w in wires._all for s in w._from.values()] == [7]
+distributed.destroy_process_group()
+"""
+
+
+def test_votes_have_the_time_of_other_collectives(tmp_path):
+    run(tmp_path, LIMITED, 2, timeout_s=7, backend="cpu:gloo,cuda:gloo")
