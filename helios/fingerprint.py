@@ -94,6 +94,8 @@ def compare(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Cost]
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             keys = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
             old, new = ({k: side.get(k) for k in keys} for side in (old, new))
+            if any(key.startswith("seed of") for key in keys):
+                words += "; a script that sets no seed has another at each start"
         found[f"`{name}` was {old}, is {new}: {words}"] = cost
     return found
 

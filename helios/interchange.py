@@ -159,7 +159,8 @@ def from_accelerate(
     known["global_iteration"] = max(counts) or known["current_iteration"]
     _say(found, known, progress)
     found.unknown.append(
-        "the order of the samples from here on is that of Helios, not of Accelerate"
+        "the order of the samples: a Session keeps it where nothing is shuffled, or a "
+        "seedable sampler does it; elsewhere it is that of Helios from here on"
     )
     if not found.rng:
         found.unknown.append("random numbers: there is no random_states_<rank>.pkl")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from helios.callbacks.base import Callback
 from helios.data.adopting import AdoptedLoader
-from helios.engine import inner_optimizer
+from helios.engine import inner_optimizer, is_scheduler
 from helios.errors import ModelError
 from helios.model.holdings import Holdings
 from helios.session import Session
+
+_DEPTH = 3  # of what another object may hold a scheduler in
 
 
 def registered_with(accelerator: Any) -> list[Any]:
@@ -53,10 +56,11 @@ class Latecomers(Callback):
 
 def _check_schedulers(found: Holdings) -> None:
     """Raise a ModelError if an optimizer has a scheduler that is not among these."""
-    if found.others:  # one of which may have it, and save it
-        return
     known = set[int]()
-    for scheduler in found.schedulers.values():
+    for scheduler in (
+        *found.schedulers.values(),
+        *(each for other in found.others.values() for each in _schedulers_in(other)),
+    ):
         inner = getattr(scheduler, "scheduler", scheduler)
         own = getattr(inner, "optimizer", None) or getattr(inner, "_optimizer", None)
         known.add(id(inner_optimizer(own)))
@@ -71,3 +75,14 @@ def _check_schedulers(found: Holdings) -> None:
                 "saves: pass it, as `scheduler=scheduler`, or prepare or register it "
                 "before the session is made"
             )
+
+
+def _schedulers_in(value: Any, depth: int = _DEPTH) -> Iterator[Any]:
+    """The schedulers that an object holds, and so may save."""
+    if is_scheduler(value):
+        yield value
+    elif depth:
+        parts = value if isinstance(value, list | tuple) else ()
+        named = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
+        for part in (*parts, *named.values()):
+            yield from _schedulers_in(part, depth - 1)

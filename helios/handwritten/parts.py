@@ -31,7 +31,8 @@ class Held(Model):
     ) -> None:
         super().__init__(save_name)
         registered = registered_with(accelerator)
-        self.objects = {**objects, **({"registered": registered} if registered else {})}
+        own = {holdings.REGISTERED: registered} if registered else {}
+        self.objects = {**objects, **own}
         self.notes: dict[str, Any] = {}
 
     def setup(self, for_inference: bool = False) -> None:
@@ -44,8 +45,9 @@ class Held(Model):
         return {"notes": self.notes}
 
     def load_user_state_dict(self, state: dict[str, Any], for_inference: bool) -> None:
+        saved = {k: _put_into(self.notes.get(k), v) for k, v in state["notes"].items()}
         self.notes.clear()
-        self.notes.update(state["notes"])
+        self.notes.update(saved)
 
     def _holdings(self) -> holdings.Holdings:
         return holdings.find(self.objects)
@@ -152,6 +154,18 @@ class Loaders(DataModule):
         self, data: Dataset | None, split: DatasetSplit, phase: int = 0
     ) -> tuple[AdoptedLoader, None] | None:
         return None if data is None else (self.open(TRAIN), None)
+
+
+def _put_into(kept: Any, value: Any) -> Any:
+    """A note's value, in the list or dict that a variable of the loop may be, too."""
+    if type(kept) is type(value) is list:
+        kept[:] = value
+    elif type(kept) is type(value) is dict:
+        kept.clear()
+        kept.update(value)
+    else:
+        return value
+    return kept
 
 
 def _is_prepared(found: holdings.Holdings, accelerator: Any) -> bool:

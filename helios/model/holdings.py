@@ -18,6 +18,8 @@ from helios.engine import inner_optimizer, is_scheduler
 from helios.errors import ResumeError
 from helios.sharding import all_like, is_sharded, like
 
+#: Under this name stands what was registered with an accelerator for its checkpoints.
+REGISTERED = "registered"
 Unwrap: TypeAlias = Callable[[nn.Module], nn.Module]
 
 
@@ -84,9 +86,13 @@ class Holdings:
             ResumeError: the model holds more or less than what was saved.
         """
         kinds = self._stateful(unwrap)
+        tree, registered = _by_registration(tree, kinds)
         for kind in ("networks", "parameters") if for_inference else kinds:
             have, saved = kinds[kind], tree.get(kind, [])
             if isinstance(saved, list):  # from elsewhere: without names, in this order
+                for path in [path for path in have if path in registered]:
+                    _restore(path, have[path], registered[path])
+                have = {k: v for k, v in have.items() if k not in registered}
                 if not saved:
                     continue
                 if len(saved) != len(have):
@@ -103,12 +109,32 @@ class Holdings:
                     'afresh with `resume="never"`'
                 )
             for path, value in have.items():
-                try:
-                    _set(value, saved[path])
-                except (RuntimeError, ValueError, KeyError) as error:
-                    raise ResumeError(
-                        f"what was saved does not fit the model's `{path}`: {error}"
-                    ) from error
+                _restore(path, value, saved[path])
+
+
+def _by_registration(
+    tree: Mapping[str, Any], kinds: Mapping[str, Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """What came from elsewhere as registered, by path, and what else there is.
+
+    An accelerator numbers it in the order of registration, whatever it is.
+    """
+    states = tree.get("others", [])
+    paths = [path for kind in kinds.values() for path in kind]
+    paths = [path for path in paths if path.startswith(f"{REGISTERED}.")]
+    if not isinstance(states, list) or not states or len(states) != len(paths):
+        return tree, {}
+    paths.sort(key=lambda path: int(path.split(".")[1]))
+    return {**tree, "others": []}, dict(zip(paths, states, strict=True))
+
+
+def _restore(path: str, value: Any, state: Any) -> None:
+    try:
+        _set(value, state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ResumeError(
+            f"what was saved does not fit the model's `{path}`: {error}"
+        ) from error
 
 
 def _get(value: Any) -> Any:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,24 @@ class Trace(Callback):
         self._folder, self._is_loop = folder, is_loop
         self._stop, self._last = os.environ.get(STOP), os.environ.get(LAST)
 
+    def on_training_start(self, session: Session) -> None:
+        if self._is_loop:  # its user may log by the accelerator, past the session
+            accelerator = session.engine.accelerator
+            accelerator.log = partial(self._log, session, accelerator.log)
+
+    def _log(
+        self,
+        session: Session,
+        log: Callable[..., Any],
+        values: Mapping[str, Any],
+        step: int | None = None,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        at = session.state.current_iteration if step is None else int(step)
+        self._write(session, logged={k: _exact(v) for k, v in values.items()}, step=at)
+        log(values, step, *args, **options)
+
     def on_training_batch_end(self, session: Session) -> None:
         state, loaded = session.state, session.engine.loaded
         assert loaded is not None, "a batch is in work"
@@ -62,7 +81,7 @@ class Trace(Callback):
 
     def on_log(self, session: Session, values: dict[str, float]) -> None:
         step = session.state.current_iteration
-        exact = {name: float(value).hex() for name, value in values.items()}
+        exact = {name: _exact(value) for name, value in values.items()}
         self._write(session, logged=exact, step=step)
 
     def on_training_end(self, session: Session) -> None:
@@ -72,6 +91,13 @@ class Trace(Callback):
         name = f"{session._model.save_name}.rank_{session.engine.rank}.jsonl"
         with open(self._folder / name, "a", encoding="utf-8") as file:
             print(json.dumps(line), file=file)
+
+
+def _exact(value: Any) -> str:
+    try:
+        return float(value).hex()
+    except (TypeError, ValueError, RuntimeError):  # text, pictures
+        return repr(value)[:_SHOWN]
 
 
 def _checksum(data: bytes | memoryview) -> str:

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
 from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -137,7 +140,8 @@ def test_run_goes_on_from_an_accelerate_folder_to_the_same_bits(
     report = json.loads(done.output)
     assert report["unknown"] == [
         "the steps: as the files say, taken as 8",
-        "the order of the samples from here on is that of Helios, not of Accelerate",
+        "the order of the samples: a Session keeps it where nothing is shuffled, or a "
+        "seedable sampler does it; elsewhere it is that of Helios from here on",
     ]
     path = find_last_checkpoint(tmp_path / "root" / "ported")
     assert str(path) == report["path"]
@@ -148,6 +152,55 @@ def test_run_goes_on_from_an_accelerate_folder_to_the_same_bits(
     record = read_checkpoint(find_last_checkpoint(tmp_path / "root" / "ported")).record
     assert record["progress"]["current_iteration"] == BATCHES * EPOCHS
     assert "imported" not in record
+
+
+class Tally:
+    """Counts steps, as an object of a script's own."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def registering(folder, accelerator, *, save_to=None):
+    """A loop by hand, whose tally and scheduler are registered, or its port."""
+    set_seed(3)
+    net, tally = nn.Linear(5, 1), Tally()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    loader = DataLoader(dataset(), 4)
+    net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
+    accelerator.register_for_checkpointing(tally, scheduler)
+    session = None
+    if save_to is None:
+        session = helios.Session(accelerator, folder, loaders=loader)
+    for _ in range(2) if session is None else session.epochs(2):
+        for inputs, targets in loader if session is None else session.batches():
+            accelerator.backward((net(inputs) - targets).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+            tally.steps += 1
+            if save_to is not None and tally.steps == 5:
+                accelerator.save_state(save_to)
+    return net.weight.tolist(), scheduler.last_epoch, tally.steps
+
+
+def test_what_was_registered_is_taken_up_whatever_it_is(tmp_path, accelerator):
+    saved = tmp_path / "saved"
+    whole = registering(None, accelerator, save_to=saved)
+    done = run(
+        *("import", saved, tmp_path, "--save-name", "ported", "--step", 5),
+        *("--epoch", 0, "--batch", 5),
+    )
+    assert done.exit_code == 0, done.output
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert registering(tmp_path / "ported", Accelerator(cpu=True)) == whole
 
 
 @pytest.mark.parametrize("is_named", [True, False])

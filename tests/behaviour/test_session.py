@@ -362,17 +362,28 @@ def test_accelerators_own_accumulate_resumes_inside_a_window(tmp_path):
         assert digest(loop.net.state_dict()) == weights, at
 
 
+class Counter:
+    """An object of a script's own, with a state."""
+
+    def __init__(self):
+        self.value = 0
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+class Warmup(Counter):
+    """One that saves a scheduler with its own state."""
+
+    def __init__(self, scheduler):
+        super().__init__()
+        self.parts = {"after": [scheduler]}
+
+
 def test_notes_and_registered_objects_are_saved(tmp_path):
-    class Counter:
-        def __init__(self):
-            self.value = 0
-
-        def state_dict(self):
-            return {"value": self.value}
-
-        def load_state_dict(self, state):
-            self.value = state["value"]
-
     def make(registered, passed):
         accelerator = Accelerator(cpu=True)
         accelerator._custom_objects.clear()
@@ -396,6 +407,30 @@ def test_notes_and_registered_objects_are_saved(tmp_path):
         assert (registered.value, passed.value) == (3, 6)
         assert second.notes == {"seen": (0, torch.tensor(3))}
         assert second.state.dataset_iter == 3
+
+
+def test_note_that_grows_in_place_goes_on_growing(tmp_path):
+    def history(stop_at=None):
+        loop, found = Simple(tmp_path / "run"), []
+        with contextlib.suppress(helios.RunStopped), loop.session as session:
+            seen = session.notes.setdefault("seen", [])
+            by_epoch = session.notes.setdefault("by epoch", {})
+            for epoch in session.epochs(2):
+                for _ in session.batches():
+                    seen.append(len(seen))
+                    by_epoch[epoch] = len(seen)
+                    if len(seen) == stop_at:
+                        session.request_stop("the test")
+            found = [list(seen), dict(by_epoch), session.notes]
+        return found
+
+    history(3)
+    history(7)
+    seen, by_epoch, notes = history()
+    assert seen == list(range(len(seen)))
+    assert len(seen) > 7
+    assert by_epoch == {0: len(seen) // 2, 1: len(seen)}
+    assert notes == {"seen": seen, "by epoch": by_epoch}
 
 
 @pytest.mark.parametrize("late", ["a scheduler", "a registered object"])
@@ -423,6 +458,10 @@ def test_scheduler_that_would_not_be_saved_is_refused(tmp_path):
         made = torch.optim.lr_scheduler.StepLR(loop.optimizers[1], 3)
         if objects.pop("registers", False):
             loop.accelerator.register_for_checkpointing(made)
+        if objects.pop("registers_another", False):
+            loop.accelerator.register_for_checkpointing(Counter())
+        if objects.pop("wraps", False):
+            loop.accelerator.register_for_checkpointing(Warmup(made))
         if objects:
             objects = {"net": loop.net, "head": loop.head, "opts": loop.optimizers}
             objects |= {"schedulers": [loop.scheduler]} if message is None else {}
@@ -438,7 +477,9 @@ def test_scheduler_that_would_not_be_saved_is_refused(tmp_path):
 
     check("a scheduler was made for `optimizers.1`, and is not among")
     check("a scheduler was made for `opts.0`, and is not among", names=True)
+    check("a scheduler was made for `optimizers.1`", registers_another=True)
     check(None, registers=True)
+    check(None, wraps=True)
     check(None, names=True)
 
 

@@ -115,6 +115,7 @@ LOOPS = [
     ("rate", ["a learning rate", "0.lr`: 0.0125, then 0.1", "`session.state.current"]),
     ("drawing", ["random numbers", "the loop has drawn", "keep it in `session.notes`"]),
     ("leaving", ["the epoch of the batch", "by `break`", "or count by `session.state"]),
+    ("summing", ["what was logged", "batches", "begins anew"]),
     ("patience", ["the number of batches", "a patience", "  15 batches\n  20 batches"]),
 ]
 

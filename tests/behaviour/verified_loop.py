@@ -41,6 +41,8 @@ for _ in session.epochs(4):
         session.log({"loss": loss})
         if kind == "leaving" and n % 4 == 0:
             break
+    if kind == "summing":  # by the accelerator, past the session
+        accelerator.log({"batches": n, "kind": kind}, step=worse)
     if kind == "patience":
         worse += 1
         if worse > 2:
