@@ -61,7 +61,7 @@ LIMITS_LINES = {
     "porting.keeping": 225,
     "porting.placing": 90,
     "porting.command": 90,
-    "handwritten": 595,
+    "handwritten": 625,
     "handwritten.faults": 60,
     "handwritten.late": 95,
     "data.adopting": 300,

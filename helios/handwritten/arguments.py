@@ -8,17 +8,23 @@ from typing import Any
 
 from helios.arguments import check_faults
 from helios.callbacks.base import Callback
+from helios.checkpoint import Encoder
 from helios.engine import Accelerator
+from helios.errors import UnstorableError
 from helios.handwritten.faults import POLICIES
 from helios.handwritten.parts import TRAIN
 from helios.model import holdings
 from helios.state import check_name
 
 
-def check_arguments(given: Mapping[str, Any], objects: dict[str, Any]) -> Any:
+def check_arguments(
+    given: Mapping[str, Any], objects: dict[str, Any]
+) -> tuple[Any, bool]:
     """Raise a ValueError or TypeError on wrong arguments, before anything is made.
 
-    Returns the objects: those that Accelerate knows, where none are given.
+    Returns the objects: also those that Accelerate knows, where none that is given is
+    an optimizer, and each without a ``state_dict`` as its :class:`Attributes`. And
+    whether an optimizer was given.
     """
     accelerator, path, loaders = (given[n] for n in ("accelerator", "path", "loaders"))
     if not isinstance(accelerator, Accelerator):
@@ -51,21 +57,55 @@ def check_arguments(given: Mapping[str, Any], objects: dict[str, Any]) -> Any:
     for name, value in objects.items():
         found = holdings.find({name: value})
         if not any(vars(found).values()):
-            raise TypeError(
-                f"`{name}` is no argument of the Session, and has no state to be saved "
-                "either: it must be a network, an optimizer, a scheduler, or have "
-                f"`state_dict` and `load_state_dict`, got {value!r:.100}"
+            objects = {**objects, name: Attributes(name, value)}
+    is_named = bool(holdings.find(objects).optimizers)
+    if not is_named:
+        known: Any = accelerator
+        lists = {
+            "models": list(known._models),
+            "optimizers": list(known._optimizers),
+            "schedulers": list(known._schedulers),
+        }
+        if taken := sorted(lists.keys() & objects.keys()):
+            raise ValueError(
+                f"`{taken[0]}` names what Accelerate knows, which is added, as no "
+                "optimizer was passed; use another name"
             )
-    known: Any = accelerator
-    objects = objects or {
-        "models": list(known._models),
-        "optimizers": list(known._optimizers),
-        "schedulers": list(known._schedulers),
-    }
+        objects = {**lists, **objects}
     if not holdings.find(objects).optimizers:
         raise ValueError(
             "no optimizer was passed, so that nothing would be trained; pass it and "
             "its networks by keywords, as `model=model, optimizer=optimizer`, or none "
             "of those that Accelerate has prepared"
         )
-    return objects
+    return objects, is_named
+
+
+class Attributes:
+    """An object without a ``state_dict``, to be saved by its attributes.
+
+    Raises:
+        TypeError: they are not all plain values, tensors, and containers of these.
+    """
+
+    def __init__(self, name: str, owner: Any) -> None:
+        self.owner = owner
+        try:
+            if not vars(owner):  # or it has none: a TypeError
+                raise TypeError("it has no attributes")
+            Encoder().encode(self.state_dict(), file=name)
+        except (TypeError, UnstorableError) as error:
+            raise TypeError(
+                f"`{name}` is no argument of the Session, and has no state to be saved "
+                "either: it must be a network, an optimizer, a scheduler, have "
+                "`state_dict` and `load_state_dict`, or plain attributes, got "
+                f"{owner!r:.100}: {error}"
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its attributes."""
+        return dict(vars(self.owner))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put its attributes back."""
+        vars(self.owner).update(state)

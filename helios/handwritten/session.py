@@ -25,7 +25,7 @@ from helios.errors import DataError, ModelError
 from helios.evaluation import to_the_end_of_all
 from helios.failures.bundle import Wish
 from helios.failures.replay import replayed
-from helios.handwritten.arguments import check_arguments
+from helios.handwritten.arguments import Attributes, check_arguments
 from helios.handwritten.faults import failures_told
 from helios.handwritten.late import Latecomers
 from helios.handwritten.parts import TRAIN, Held, Loaders, engine_for
@@ -67,8 +67,9 @@ class Session(session.Session):
 
     ``objects`` are what training changes, under names of your choice: networks,
     optimizers, schedulers, generators, and anything else with ``state_dict`` and
-    ``load_state_dict``; lists, tuples and dicts of these, too. Without any, they are
-    all that Accelerate has prepared. What was registered with its
+    ``load_state_dict``; lists, tuples and dicts of these, too. An object with neither
+    is saved by its attributes. Without an optimizer among them, what Accelerate has
+    prepared is added. What was registered with its
     ``register_for_checkpointing`` is added. If you pass some, and none of them was
     prepared, the session does so, and ``session["model"]`` is what to use.
 
@@ -109,10 +110,9 @@ class Session(session.Session):
     ) -> None:
         if isinstance(loaders, DataLoader):
             loaders = {TRAIN: loaders}
-        late = Latecomers(is_named=bool(objects))
-        objects = check_arguments(vars() | objects, objects)
+        objects, is_named = check_arguments(vars() | objects, objects)
         root, traced = traces(os.path.abspath(path), is_loop=True)
-        callbacks = [late, *callbacks, *traced]
+        callbacks = [Latecomers(is_named), *callbacks, *traced]
         resume = "auto" if traced else resume
         if (replay := replayed(root.name)) is not None:
             callbacks, resume = [*callbacks, replay.callback], replay.resume
@@ -191,7 +191,8 @@ class Session(session.Session):
     def __getitem__(self, name: str) -> Any:
         """An object as Accelerate has prepared it, by the name under which it came."""
         self._to_take.discard(name)
-        return self._held.objects[name]
+        found = self._held.objects[name]
+        return found.owner if isinstance(found, Attributes) else found
 
     def __enter__(self) -> Session:
         return self

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import pathlib
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from accelerate.utils import set_seed
 from click.testing import CliRunner
 from support import ByHand, IndexDataset, RecordingCallback, Stop, digest
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 import helios
@@ -409,6 +411,46 @@ def test_notes_and_registered_objects_are_saved(tmp_path):
         assert second.state.dataset_iter == 3
 
 
+class Patience:
+    """Counts, without any method that saves it."""
+
+    def __init__(self):
+        self.best, self.worse, self.seen = math.inf, 0, []
+
+
+def test_objects_without_an_optimizer_are_saved_beside_what_was_prepared(tmp_path):
+    def make():
+        loop = ByHand(tmp_path / "run")
+        loop.make()
+        made = torch.optim.lr_scheduler.StepLR(loop.optimizers[1], 3)
+        average, patience = AveragedModel(loop.net), Patience()
+        return (
+            loop,
+            patience,
+            average,
+            helios.Session(
+                loop.accelerator,
+                tmp_path / "run",
+                loaders=loop.train_loader,
+                **{"patience": patience, "average": average, "made": made},
+            ),
+        )
+
+    loop, patience, average, session = make()
+    assert session["patience"] is patience
+    with contextlib.suppress(helios.RunStopped), session:
+        for _ in session.epochs(1):
+            for _ in session.batches():
+                patience.best, patience.worse = 0.5, patience.worse + 1
+                patience.seen.append(patience.worse)
+                average.update_parameters(loop.net)
+                session.request_stop("the test")
+    _, patience, average, session = make()
+    with session:
+        assert (patience.best, patience.worse, patience.seen) == (0.5, 1, [1])
+        assert average.n_averaged == 1
+
+
 def test_note_that_grows_in_place_goes_on_growing(tmp_path):
     def history(stop_at=None):
         loop, found = Simple(tmp_path / "run"), []
@@ -643,6 +685,8 @@ def test_other_loader_or_epochs_that_are_none_are_refused(tmp_path):
         ({"keep_last": 0}, "`keep_last` must be an int >= 1 or None, got 0"),
         ({"save_evry": 3}, "`save_evry` is no argument of the Session"),
         ({"optimizer": None}, "`optimizer` is no argument .* got None"),
+        ({"patience": Patience}, "`patience` is no argument .*"),
+        ({"optimizer": Patience()}, "no optimizer was passed"),
         ({"registered": 1}, "`registered` names what Accelerate knows"),
     ],
 )
