@@ -27,13 +27,20 @@ _UNSAVED = Advice(
     "return it from `user_state_dict`, or give it `state_dict` and `load_state_dict` "
     "and make it an attribute of the model",
 )
+_PASS = (
+    "pass an object with `state_dict` and `load_state_dict` to the session, or to "
+    "`accelerator.register_for_checkpointing` before it is made"
+)
+_GENERATOR = (
+    "keep `generator.get_state()` of a `torch.Generator` that the loop draws from in "
+    "`session.notes`"
+)
 _UNSAVED_BY_LOOP = Advice(
     "the loop depends on something that is not saved: a variable, which begins anew at "
-    "a resume (a count, that of `enumerate`, for instance), or an object that the "
-    "session does not know",
+    "a resume (a count, that of `enumerate`, for instance), an object that the session "
+    "does not know, or a generator of its own",
     "keep a variable in `session.notes`, and read it from there before the loop; count "
-    "by `session.state`; pass an object with `state_dict` and `load_state_dict` to the "
-    "session, or to `register_for_checkpointing` before it is made",
+    f"by `session.state`; {_PASS}; {_GENERATOR}",
 )
 END = Kind(
     "the epoch of the batch",
@@ -46,9 +53,9 @@ END = Kind(
     ),
     Advice(
         "an epoch has ended after another batch, by `break` for instance, whose "
-        "condition depends on a variable that is not saved",
-        "keep the variable in `session.notes`, or count by `session.state`; or give a "
-        "stream `state_dict` and `load_state_dict`",
+        "condition depends on a variable, or an object, that is not saved",
+        "keep the variable in `session.notes`, or count by `session.state`; "
+        f"{_PASS}; or give a stream `state_dict` and `load_state_dict`",
     ),
 )
 _ORDER_CAUSE = (
@@ -88,7 +95,7 @@ RNG = Kind(
         "the loop has drawn more or fewer random numbers than before: it depends on "
         "something that is not saved",
         "save what it depends on: keep it in `session.notes`, or count by "
-        "`session.state`",
+        f"`session.state`; {_PASS}; {_GENERATOR}",
     ),
 )
 LOSS = Kind("a loss or a score", r"rank\.books", _UNSAVED, _UNSAVED_BY_LOOP)
@@ -124,9 +131,10 @@ UNEQUAL = Kind(
     ),
     Advice(
         "the loop has ended elsewhere, by `break` for instance, whose condition "
-        "depends on a variable that is not saved: a patience, a best score, a count",
+        "depends on a variable, or an object, that is not saved: a patience, a best "
+        "score, a count",
         "keep the variable in `session.notes`, and read it from there before the loop; "
-        "or count by `session.state`",
+        f"or count by `session.state`; {_PASS}",
     ),
 )
 

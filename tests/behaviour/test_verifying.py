@@ -8,8 +8,8 @@ import pytest
 from click.testing import CliRunner
 
 from helios.cli import main
+from helios.verifying.causes import END, LOSS, RATE, RNG, UNEQUAL, WEIGHTS, advice
 from helios.verifying.causes import KINDS as CAUSES
-from helios.verifying.causes import RATE, UNEQUAL, WEIGHTS, advice
 from helios.verifying.comparing import Run, first_difference
 
 SCRIPT = pathlib.Path(__file__).with_name("verified_script.py")
@@ -108,6 +108,15 @@ def test_what_is_said_fits_who_has_written_the_loop():
             assert "session" not in other
             for word in "user_state_dict", "attribute", "Trainer", "hook":
                 assert word not in own, own
+
+
+@pytest.mark.parametrize("kind", [RNG, LOSS, WEIGHTS, END, UNEQUAL])
+def test_who_has_a_loop_is_told_of_objects_as_well(kind):
+    cure = advice(kind, is_repeatable=True, is_cuda=False, is_loop=True).cure
+    for text in "`session.notes`", "`state_dict`", "`accelerator.register_for_check":
+        assert text in cure
+    is_drawn = kind in (RNG, LOSS, WEIGHTS)
+    assert ("keep `generator.get_state()`" in cure) == is_drawn
 
 
 LOOPS = [
