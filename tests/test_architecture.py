@@ -55,7 +55,7 @@ LIMITS_LINES = {
     "testing": 400,
     "interchange": 300,
     "exporting": 110,
-    "porting": 560,
+    "porting": 570,
     "porting.writing": 245,
     "porting.carried": 150,
     "porting.keeping": 225,

@@ -36,6 +36,8 @@ class _Reader(Flow):
         self._reset()
         self._shuffled: set[tuple[int, bool]] = set()
         self._skips, self._has_epochs = set[int](), False
+        self._unseeded: set[tuple[int, bool]] = set()  # loaders that shuffle
+        self._has_seed = self._is_uncalled = False
         uppers = [n.upper for n in ast.walk(tree) if isinstance(n, ast.Slice)]
         self._is_cut = any(upper and "len(" in ast.unparse(upper) for upper in uppers)
         self._begin("")
@@ -43,6 +45,7 @@ class _Reader(Flow):
         self._end()
         for name, function in list(self._functions.items()):
             if function not in self._walked:
+                self._is_uncalled = True
                 self._begin(name)
                 self._follow(name, [], {})
                 self._end()
@@ -53,8 +56,10 @@ class _Reader(Flow):
         if _RESUMING & {f.name for f in self.found} and not is_repeated:
             for line, is_sure in self._shuffled:
                 self._trap("shuffle-not-seedable", line, is_sure and seedable != "?")
+        for line, is_sure in set() if self._has_seed else self._unseeded:
+            self._trap("no-seed", line, is_sure)
         sure = {f.name for f in self.found if f.kind == "trap" and f.is_certain}
-        once = sure & {"scheduler-per-rank"}  # one line is enough of that
+        once = sure & {"no-seed", "scheduler-per-rank"}  # one line is enough of that
         return {f for f in self.found if f.is_certain or f.name not in once}
 
     def _begin(self, name: str) -> None:
@@ -86,6 +91,7 @@ class _Reader(Flow):
     def _called(self, call: Call) -> Value:
         node, called, given, named, result = call
         kinds, marks = kinds_of(called.name), result.marks
+        self._has_seed |= _seeds(called) or "random_seed" in named
         if "prepare" in kinds:
             done = [self._prepare(v, n) for v, n in zip(given, node.args, strict=True)]
             return done[0] if len(done) == 1 else Value("?", marks, tuple(done))
@@ -97,8 +103,12 @@ class _Reader(Flow):
             shuffle = named.get("shuffle", Value("False")).name
             is_random = "random sampler" in named.get("sampler", Value()).marks
             if is_random or shuffle not in ("False", "None"):
-                is_sure = (is_random or shuffle == "True") and "generator" not in named
+                is_known = is_random or shuffle == "True"
+                is_sure = is_known and "generator" not in named
                 marks = frozenset({"shuffled", "surely" if is_sure else "perhaps"})
+                # Who calls what nobody calls here may have set a seed.
+                is_known = is_known and not self._is_uncalled
+                self._unseeded.add((node.lineno, is_known))
         elif "scheduler" in marks and "scheduler" not in called.marks:
             # The optimizer may have lengths in it, of its network.
             others = [v for k, v in named.items() if k != "optimizer"]
@@ -195,3 +205,9 @@ class _Reader(Flow):
         is_result = "batch" in marks and "all gathered" not in marks
         if loop.evaluates and is_result and self._key(to) not in loop.names:
             loop.counts.append((line, "gathered" in marks))
+
+
+def _seeds(called: Value) -> bool:
+    """Whether a call may set the seed of torch, as that of an unknown helper may."""
+    others = "generator" in called.marks or re.match(r"(numpy|random)\.", called.name)
+    return "seed" in called.name.rpartition(".")[2].lower() and not others

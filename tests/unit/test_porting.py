@@ -61,6 +61,7 @@ accelerator = Accelerator({})
 loader = accelerator.prepare(DataLoader(data, {}))
 {}
 """
+SEEDED = f"set_seed(0){SHUFFLE}"
 CONFIG = "dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True)"
 SAMPLES = """
 accelerator = Accelerator()
@@ -125,19 +126,27 @@ WRONG = {
         "s = a.prepare_scheduler(get_scheduler('linear', optimizer, 10, total))",
     ],
     "shuffle-not-seedable": [
-        SHUFFLE.format("", "shuffle=True", "accelerator.save_state('x')"),
-        SHUFFLE.format(
+        SEEDED.format("", "shuffle=True", "accelerator.save_state('x')"),
+        SEEDED.format(
             "cpu=True",
             "sampler=torch.utils.data.RandomSampler(data)",
             "accelerator.load_state('x')",
         ),
-        SHUFFLE.format(CONFIG, "shuffle=True", "accelerator.load_state('x')"),
+        SEEDED.format(CONFIG, "shuffle=True", "accelerator.load_state('x')"),
     ],
     "late-seed": [
         SHUFFLE.format("", "shuffle=True", "set_seed(0)"),
         "def seed_all(n):\n    random.seed(n)\n    torch.manual_seed(n)\n"
         "def main():\n"
         + SHUFFLE.format("", "shuffle=True", "seed_all(1)").replace("\n", "\n    "),
+    ],
+    "no-seed": [
+        SHUFFLE.format("", "shuffle=True", ""),
+        SHUFFLE.format("", "shuffle=True", "np.random.seed(1)\nrandom.seed(1)"),
+        SHUFFLE.format("", "shuffle=True, generator=torch.Generator()", ""),
+        SHUFFLE.format("", "sampler=torch.utils.data.RandomSampler(data)", ""),
+        SHUFFLE.format("", "shuffle=True", "torch.Generator().manual_seed(1)"),
+        "def load():\n    return DataLoader(data, shuffle=True)\nloader = load()",
     ],
     "random-getitem": [
         SAMPLES.format("return random.random()"),
@@ -172,7 +181,7 @@ WRONG = {
 DOUBTFUL = {
     "save-state-on-main": "a = Accelerator()\nif a.is_main_process or args.each:\n"
     "    a.save_state('x')",
-    "skip-first-batches": SHUFFLE.format(
+    "skip-first-batches": SEEDED.format(
         CONFIG,
         "shuffle=True",
         "loader.set_epoch(1)\nloader = accelerator.skip_first_batches(loader, 2)",
@@ -180,9 +189,10 @@ DOUBTFUL = {
     "scheduler-per-rank": SCHEDULE.format(
         "accelerator = Accelerator()\nscheduler = lrs.CosineAnnealingLR(opt, 1000)"
     ),
-    "shuffle-not-seedable": SHUFFLE.format(
+    "shuffle-not-seedable": SEEDED.format(
         "dataloader_config=config()", "shuffle=True", "accelerator.load_state('x')"
     ),
+    "no-seed": "def load():\n    return DataLoader(data, shuffle=True)",
     "clip-in-window": WINDOW.format("args.n", "accelerator.clip_grad_norm_(params, 1)"),
     "ungathered-metrics": EVALUATION.format(
         "found.append(accelerator.gather(out))", "print(torch.cat(found))"
@@ -228,9 +238,9 @@ RIGHT = {
         "optimizer = a.prepare(optimizer)\nfor e in range(9):\n    scheduler.step()",
     ],
     "shuffle-not-seedable": [
-        SHUFFLE.format("", "shuffle=True", "print(1)"),  # nothing is resumed
-        SHUFFLE.format("", "shuffle=False", "accelerator.save_state('x')"),
-        SHUFFLE.format(
+        SEEDED.format("", "shuffle=True", "print(1)"),  # nothing is resumed
+        SEEDED.format("", "shuffle=False", "accelerator.save_state('x')"),
+        SEEDED.format(
             CONFIG, "shuffle=True", "loader.set_epoch(1)\naccelerator.save_state('x')"
         ),
     ],
@@ -239,8 +249,18 @@ RIGHT = {
         "set_seed(1)\nloader = a.prepare(loader)",
         "set_seed(1)\n" + SHUFFLE.format("", "shuffle=True", "set_seed(2)"),
         SHUFFLE.format("", "batch_size=2", "set_seed(2)"),
-        SHUFFLE.format("", "shuffle=True", "torch.Generator().manual_seed(2)"),
+        "def seed():\n    set_seed(1)\n"
+        + SHUFFLE.format("", "shuffle=True", "torch.Generator().manual_seed(2)"),
         SHUFFLE.format("", "shuffle=True", "env.seed(2)\nnp.random.seed(2)"),
+    ],
+    "no-seed": [
+        SEEDED.format("", "shuffle=True", ""),
+        SHUFFLE.format("", "batch_size=2", ""),
+        SHUFFLE.format("", "shuffle=False", ""),
+        "import mine\nmine.seed_all()" + SHUFFLE.format("", "shuffle=True", ""),
+        "if args.seed is not None:\n    torch.manual_seed(args.seed)"
+        + SHUFFLE.format("", "shuffle=True", ""),
+        SHUFFLE.format("", "shuffle=True", "helios.Session(random_seed=1)"),
     ],
     "random-getitem": [
         SAMPLES.format(
@@ -315,6 +335,7 @@ MUTATIONS = {
         "    n_steps = 0\n",
         "    set_seed(7)\n    n_steps = 0\n",
     ),
+    "no-seed": ("classifier", "    set_seed(args.seed)\n", ""),
     "random-getitem": ("classifier", ", generator=generator)", ")"),
     "clip-in-window": ("accumulation", "if accelerator.sync_gradients:", "if True:"),
     "ungathered-metrics": (
