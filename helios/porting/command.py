@@ -99,4 +99,4 @@ def _write(script: Path, text: str) -> None:
         f"{target} is written: {port.n_changed} lines are new or others", err=True
     )
     for line in port.left:
-        click.echo(f"left to do: {line}", err=True)
+        click.echo(_folded("left to do: ", line), err=True)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from helios.porting.carried import Change, carried_by, dotted, names_in, own_nodes
 from helios.porting.nodes import name_of
+from helios.porting.objects import left_behind
 
 _CONTAINERS = {"Counter", "OrderedDict", "defaultdict", "deque", "dict", "list", "set"}
 _MAKERS = {
@@ -19,8 +20,6 @@ _MAKERS = {
     "tensor",
     "zeros",
 }
-# Classes whose objects are saved, or begin each epoch anew.
-_KNOWN = {"Dataset", "IterableDataset", "Module", "Optimizer", "Sampler"}
 # What no checkpoint holds.
 _LIVE = {"cycle", "deepcopy", "iter", "map", "open", "zip"}
 _IS_INSIDE = "session.state.dataset_iter"
@@ -55,6 +54,7 @@ class Keeper:
         self._given = {n.arg for n in arguments if isinstance(n, ast.arg)}
         self.insertions: list[Insertion] = []
         self.left: list[str] = []  # what is not kept
+        self._handled = set[str]()  # names that are kept, or told of
 
     def keep(self) -> None:
         """Find it all."""
@@ -78,8 +78,10 @@ class Keeper:
             lines += [f'    {n} = session.notes.get("{n}", {n})' for n in anew]
             lines += [f'session.notes["{name}"] = {name}' for name in anew]
             self._insert(self._loop, lines)
-        self._tell_of_objects(before, {dotted(n) for n in within})
-        self.left.sort(key=lambda line: int(line.split()[1].rstrip(":")))
+        *_, tree = self._ancestors(self._loop)
+        assert isinstance(tree, ast.Module)
+        loops = self._epoch, self._loop
+        self.left += left_behind(tree, self._scope, loops, self._handled)
 
     def _kept(
         self, carried: Mapping[str, list[Change]], before: list[ast.AST]
@@ -95,6 +97,7 @@ class Keeper:
                     continue  # an object's own business
             elif not (first or is_given):
                 continue  # the first turn sets it before it reads it
+            self._handled.add(name)
             if self._is_simple(name, changes, first):
                 for node in dict.fromkeys(change.node for change in changes):
                     text = f'{" " * node.col_offset}session.notes["{name}"] = {name}\n'
@@ -118,21 +121,6 @@ class Keeper:
                     "on the main one, as all notes do: gather what is added to it"
                 )
                 return
-
-    def _tell_of_objects(self, before: list[ast.AST], used: set[str]) -> None:
-        """Tell of objects of the script's own classes that nobody saves."""
-        *_, tree = self._ancestors(self._loop)
-        classes = {n.name: n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
-        changing = {name for name, node in classes.items() if _changes_itself(node)}
-        for node in before:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-                for name in {dotted(target) for target in node.targets} & used:
-                    if dotted(node.value.func) in changing:
-                        self.left.append(
-                            f"line {node.lineno}: `{name}` begins anew at a resume: "
-                            "give it `state_dict` and `load_state_dict`, and register "
-                            "it for checkpointing before the session is made"
-                        )
 
     def _first_values(
         self, name: str, before: list[ast.AST]
@@ -187,22 +175,6 @@ class Keeper:
         indent = " " * before.col_offset
         text = "".join(f"{indent}{line}\n" for line in lines)
         self.insertions.append(Insertion(before.lineno - 1, text))
-
-
-def _changes_itself(node: ast.ClassDef) -> bool:
-    """Whether a class has a state, as that of a patience, that no checkpoint gets."""
-    methods = [n for n in node.body if isinstance(n, ast.FunctionDef)]
-    is_other = any(name_of(base) in _KNOWN for base in node.bases)
-    if is_other or any(method.name == "state_dict" for method in methods):
-        return False
-    stored = {
-        dotted(n)
-        for method in methods
-        if method.name != "__init__"
-        for n in ast.walk(method)
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
-    }
-    return any(name.startswith("self.") for name in stored)
 
 
 def _read_behind(loop: ast.For, among: list[ast.AST]) -> set[str]:

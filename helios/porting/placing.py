@@ -1,4 +1,4 @@
-"""Where in a script its Session is made, and which schedulers it has to be told of."""
+"""Where in a script its Session is made, and what it has to be told of."""
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping
@@ -7,7 +7,14 @@ from helios.porting.carried import assigned_by, dotted, names_in
 from helios.porting.findings import kinds_of
 from helios.porting.nodes import calls_of
 
-_SAVING = ("prepare", "prepare_scheduler", "register_for_checkpointing")
+_SAVING = (
+    "prepare",
+    "prepare_data_loader",
+    "prepare_model",
+    "prepare_optimizer",
+    "prepare_scheduler",
+    "register_for_checkpointing",
+)
 
 
 class Places:
@@ -56,21 +63,19 @@ class Places:
                 found.append(one)
         return max(found, key=lambda node: node.end_lineno or 0)
 
-    def schedulers(self) -> dict[str, list[ast.Assign]]:
-        """Those that are not saved, by name, and where they are made."""
-        origins = dict(_origins(self._tree))
+    def unsaved(self) -> dict[str, list[ast.Assign]]:
+        """Schedulers and the like that nobody saves, by name, and where made."""
+        origins = dict(origins_of(self._tree))
         made = dict[str, list[ast.Assign]]()
-        calls = [call for name in _SAVING for call in calls_of(self._tree, name)]
+        saved = saved_by(self._tree)
         for node in ast.walk(self._tree):
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-                base, _, rest = dotted(node.value.func).partition(".")
-                path = f"{origins.get(base, base)}{'.' if rest else ''}{rest}()"
-                if "scheduler" in kinds_of(path):
-                    calls.append(node.value)
+                kinds = kinds_of(path_of(node.value, origins))
+                if kinds & {"scheduler", "stateful"}:
                     for name in map(dotted, node.targets):
                         made.setdefault(name, []).append(node)
-        given = [part for c in calls for part in (*c.args, *c.keywords)]
-        saved = {name for part in given for name in names_in(part)}
+                if "scheduler" in kinds:  # which saves those that it steps
+                    saved |= _given(node.value)
         return {name: found for name, found in made.items() if name not in saved}
 
     def is_always_made(self, name: str, made: list[ast.Assign]) -> bool:
@@ -86,7 +91,29 @@ def _prepares(node: ast.AST) -> bool:
     return any(calls_of(node, "prepare"))
 
 
-def _origins(tree: ast.Module) -> Iterator[tuple[str, str]]:
+def _given(call: ast.Call) -> set[str]:
+    parts = [*call.args, *call.keywords]
+    return {name for part in parts for name in names_in(part)}
+
+
+def saved_by(tree: ast.Module) -> set[str]:
+    """The names of what is prepared, or registered, and so saved."""
+    calls = [call for name in _SAVING for call in calls_of(tree, name)]
+    return set[str]().union(*map(_given, calls))
+
+
+def path_of(value: ast.expr, origins: Mapping[str, str]) -> str:
+    """Where what is called comes from, with "()" behind it; "" for what is no call."""
+    if not isinstance(value, ast.Call):
+        return ""
+    function = value.func
+    if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Call):
+        return f"{path_of(function.value, origins)}.{function.attr}()"
+    base, _, rest = dotted(function).partition(".")
+    return f"{origins.get(base, base)}{'.' if rest else ''}{rest}()"
+
+
+def origins_of(tree: ast.Module) -> Iterator[tuple[str, str]]:
     """Where the names that are imported come from."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):

@@ -72,10 +72,11 @@ class _Writer:
         training = [loop for loop in loops if any(calls_of(loop.node, "backward"))]
         epochs = [self._parent(loop.node) for loop in training]
         if len(training) != 1 or epochs[0] is None:
+            trains = "loop trains" if len(training) == 1 else "loops train"
             raise ValueError(
-                f"{len(training)} loops train on batches of a loader that was prepared "
-                "in this file, inside a loop over epochs; a first version is written "
-                "where there is one: see `helios.Session`"
+                f"{len(training)} {trains} on batches of a loader that was prepared in "
+                "this file; a first version is written where there is one, inside a "
+                "loop over epochs, in the same function: see `helios.Session`"
             )
         loop, epoch = training[0], epochs[0]
         names = self._names(loop.loader, [other.loader for other in loops])
@@ -175,7 +176,7 @@ class _Writer:
         others = [*self._prepared().values(), *(self._above[c] for c in calls)]
         before = [node for node in others if isinstance(node, ast.stmt)]
         registered = list[str]()
-        for name, made in places.schedulers().items():
+        for name, made in places.unsaved().items():
             is_near = places.scope(made[0]) is places.scope(prepare)
             if is_near and places.is_always_made(name, made):
                 registered.append(name)
@@ -235,8 +236,21 @@ class _Writer:
         name = name_of(call.func)
         if isinstance(statement, ast.Expr):
             self._replace(statement, f"pass  # {name}: the session does it")
+            if name == "load_state":
+                self._tell_of_loading(call.lineno)
         else:
             self._left.append(f"line {call.lineno}: leave `{name}` out")
+
+    def _tell_of_loading(self, line: int) -> None:
+        """What the script did to go on is of no effect any more."""
+        rest = sorted(call.lineno for call in calls_of(self._tree, SKIP))
+        skips = f", `{SKIP}` in line {', '.join(map(str, rest))}" if rest else ""
+        self._left.append(
+            f"line {line}: `load_state` is gone, and a path that is given to the port "
+            "goes unheard: it goes on by itself. Take out the option, the epoch to "
+            f"start with, and what else stands for it{skips}; for old folders "
+            "there is `helios checkpoint import`"
+        )
 
     def _insert_import(self) -> None:
         imports = [
@@ -267,4 +281,5 @@ class _Writer:
         ast.parse(text)
         rows = difflib.ndiff(self._text.splitlines(), text.splitlines())
         added = [row for row in rows if row.startswith("+ ") and row[2:].strip()]
-        return Port(text, len(added), self._left)
+        left = sorted(self._left, key=lambda line: int(line.split()[1].rstrip(":")))
+        return Port(text, len(added), left)

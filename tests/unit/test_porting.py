@@ -730,6 +730,45 @@ def test_batches_that_were_skipped_are_skipped_by_the_session():
     )
 
 
+def test_what_a_script_did_to_go_on_is_told():
+    text = PORTED.replace(
+        "for epoch in", "if path:\n    accelerator.load_state(path)\nfor epoch in"
+    ).replace(
+        "        if step % 9", "        skip_first_batches(a, 3)\n        if step % 9"
+    )
+    text += "    n += 1\nfor x in []:\n    n += 1\n"
+    port = write_port(text, "runs/x")
+    assert "    pass  # load_state: the session does it\n" in port.text
+    line, behind = port.left  # in their order
+    assert behind.startswith("line 19: `n` begins anew")
+    assert line.startswith("line 10: `load_state` is gone, and a path that is given")
+    assert ", `skip_first_batches` in line 14; for old" in line
+
+
+def test_what_is_left_to_do_fits_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = carrying(
+        "x = args.x\n", "    n = 0\n", "        n += loss\n", "    x = f(x)\n"
+    )
+    Path("train.py").write_text(text)
+    rows = run("--write", "train.py").output.splitlines()
+    assert max(map(len, rows)) <= 80
+    assert rows[1].startswith("left to do: line 14: on several ranks `n` goes on")
+    assert rows[2] == "            all notes do: gather what is added to it"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (PORTED.replace("backward", "forward"), "0 loops train on batches"),
+        (PORTED.replace("for epoch in range(start, 9)", "if x"), "1 loop trains on ba"),
+    ],
+)
+def test_why_there_is_no_first_version_is_told(text, message):
+    with pytest.raises(ValueError, match=message):
+        write_port(text, "runs/x")
+
+
 def test_what_a_first_version_leaves_to_do_is_told():
     text = PORTED.replace("range(start, 9)", "numbers").replace(
         'accelerator.save_state("out")', 'path = accelerator.save_state("out")'
@@ -920,6 +959,7 @@ class Stopper{}:
 stopper = Stopper()
 """
 SAVING = "    def state_dict(self):\n        return vars(self)\n"
+REGISTERED = "accelerator.register_for_checkpointing(stopper)\n"
 
 
 def test_objects_that_count_are_told_of():
@@ -940,7 +980,8 @@ def test_objects_that_count_are_told_of():
     ],
 )
 def test_objects_that_are_saved_or_not_used_are_left_alone(base, method, end):
-    assert ported(STOPPER.format(base, method), end=end).left == []
+    behind = REGISTERED if method else ""
+    assert ported(STOPPER.format(base, method) + behind, end=end).left == []
 
 
 NOT_CARRIED = [
