@@ -13,13 +13,14 @@ from helios.porting.placing import origins_of, path_of, saved_by
 _KNOWN = {"Dataset", "GeneralTracker", "IterableDataset", "Sampler"}
 _TRAINED = {"Module", "Optimizer"}  # saved if they are prepared
 _CHANGING = re.compile(
+    r"(?!add_noise|push_to_hub)"
     r"(accumulate|add|append|clear|count|extend|increment|insert|observe|pop|push|put"
     r"|record|remove|step|update)(left|_\w+)?|load_state_dict|\w*[a-z\d]_"
 )
 # Where what is no part of the training comes from, or what is saved comes again.
 _LIVE = re.compile(
-    r"(.*\.)?accelerat.*|.*(tqdm|trange|progress|bar\(|logg|track|writer|wandb|mlflow"
-    r"|profil|unwrap).*",
+    r"(.*\.)?accelerat.*|diffusers\..*Scheduler.*"
+    r"|.*(tqdm|trange|progress|bar\(|logg|track|writer|wandb|mlflow|profil|unwrap).*",
     re.IGNORECASE,
 )
 _STOPS = re.compile(r".*(stop|patience)[^.]*\(\)", re.IGNORECASE)

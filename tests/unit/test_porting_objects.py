@@ -127,6 +127,16 @@ KEPT = {
     "is prepared": {"before": "x = accelerator.prepare(x)", "step": "x.step()"},
     "only looks on": {"before": "x = tqdm(9)", "step": "x.update(1)"},
     "writes logs": {"before": "x = SummaryWriter()", "step": "x.add_scalar('a', 1)"},
+    "adds noise to samples": {
+        "before": "x = mine.DDPMScheduler()",
+        "step": "y = x.add_noise(batch, z, 1)",
+    },
+    "is a schedule of noise": {
+        "module": "from diffusers import DDIMScheduler",
+        "before": "x = DDIMScheduler.from_pretrained('a')",
+        "valid": "y = x.step(z, 1, y)",
+    },
+    "is sent elsewhere": {"before": "x = Tokenizer()", "end": "x.push_to_hub('a')"},
     "is Accelerate's": {
         "before": "x = accelerator.get_tracker('a')",
         "step": "x.update(1)",
