@@ -98,6 +98,7 @@ class Greedy(Wide):
     def train_step(self, batch, state):
         share = int(len(batch) * MOST_BYTES * 0.35)
         torch.empty(share, dtype=torch.uint8, device=self.device)
+        torch.cuda.empty_cache()  # else what comes next may take a part of that room
         super().train_step(batch, state)
 
 
