@@ -25,8 +25,6 @@ _LIVE = re.compile(
 )
 _STOPS = re.compile(r".*(stop|patience)[^.]*\(\)", re.IGNORECASE)
 _HANDLED = {"loader", "scheduler", "stateful"}
-_BOTH = "`state_dict` and `load_state_dict`"
-_REGISTER = "register it for checkpointing before the session is made"
 
 
 def left_behind(
@@ -83,10 +81,7 @@ class _Finder:
             if self._bases(node) & _KNOWN:
                 return ""
             if _changes_itself(node):
-                is_used = name in names_in(around)
-                has_both = "state_dict" in {getattr(n, "name", "") for n in node.body}
-                give = "" if has_both else f"give it {_BOTH}, and "
-                return f"{give}{_REGISTER}" if is_used else ""
+                return _pass(name) if name in names_in(around) else ""
             if not node.bases:
                 return ""
         if "generator" in kinds:
@@ -96,8 +91,10 @@ class _Finder:
             return ""
         if name not in changed_in(self._loop) and self._is_reset(name):
             return ""
+        if path.startswith("torch.optim."):
+            return "prepare it with the others"
         if re.fullmatch(r"(.*\.)?[A-Z]\w*\(\)", path):
-            return f"{_REGISTER}, if it has {_BOTH}; or see `session.notes`"
+            return f"{_pass(name)}; or see `session.notes`"
         return "see `session.state`, and `session.notes`"
 
     def _of_generator(self, name: str, path: str, around: ast.For) -> str:
@@ -120,6 +117,11 @@ class _Finder:
         names = {name_of(base) for base in node.bases}
         own = (self._classes[n] for n in names if n in self._classes and n != node.name)
         return names.union(*map(self._bases, own))
+
+
+def _pass(name: str) -> str:
+    last = name.rpartition(".")[2]
+    return f"pass it to the session, as `{last}={name}`"
 
 
 def changed_in(node: ast.AST) -> set[str]:

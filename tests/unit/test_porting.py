@@ -965,9 +965,8 @@ REGISTERED = "accelerator.register_for_checkpointing(stopper)\n"
 def test_objects_that_count_are_told_of():
     port = ported(STOPPER.format("", ""), end="    stopper.check()\n")
     assert port.left == [
-        "line 15: `stopper` begins anew at a resume: give it `state_dict` and "
-        "`load_state_dict`, and register it for checkpointing before the session is "
-        "made"
+        "line 15: `stopper` begins anew at a resume: pass it to the session, as "
+        "`stopper=stopper`"
     ]
 
 

@@ -59,10 +59,9 @@ def stopper(check="self.n += 1", base="", more=""):
 
 
 NOTES = "see `session.state`, and `session.notes`"
-REGISTER = "register it for checkpointing before the session is made"
-BOTH = "`state_dict` and `load_state_dict`"
+PASS = "pass it to the session, as `x=x`"
 STATE = "in `session.notes`, and set it before the loops"
-MAY = f"{REGISTER}, if it has {BOTH}; or see `session.notes`"
+MAY = f"{PASS}; or see `session.notes`"
 # What makes `x`, where, what changes it, where, and what is told.
 CHANGED = [
     ("np.zeros(24)", "before", "x[step] = 1", "step", NOTES),
@@ -76,7 +75,13 @@ CHANGED = [
     ("AverageMeter()", "module", "x.update(loss)", "step", MAY),
     ("AverageMeter()", "start", "x.update(loss)", "step", MAY),
     ("EarlyStopping()", "before", "if x(loss): break", "end", MAY),
-    ("torch.optim.SGD(other)", "before", "x.step()", "step", MAY),
+    (
+        "torch.optim.SGD(other)",
+        "before",
+        "x.step()",
+        "step",
+        "prepare it with the others",
+    ),
     (
         "torch.Generator().manual_seed(1)",
         "before",
@@ -103,19 +108,19 @@ def test_objects_that_change_in_the_loops_are_told_of(case):
 
 @pytest.mark.parametrize("place", ["module", "before"])
 @pytest.mark.parametrize(
-    ("check", "more", "give"),
+    ("check", "more"),
     [
-        ("self.n += 1", "", f"give it {BOTH}, and "),
-        ("self.seen.append(1)", "", f"give it {BOTH}, and "),
-        ("self.seen[1] = 1", "", f"give it {BOTH}, and "),
-        ("for p, q in zip(self.p, self.q): p.lerp_(q, 1)", "", f"give it {BOTH}, and "),
-        ("self.n += 1", "    def state_dict(self):\n        return {}", ""),
+        ("self.n += 1", ""),
+        ("self.seen.append(1)", ""),
+        ("self.seen[1] = 1", ""),
+        ("for p, q in zip(self.p, self.q): p.lerp_(q, 1)", ""),
+        ("self.n += 1", "    def state_dict(self):\n        return {}"),
     ],
 )
-def test_objects_of_own_classes_are_told_of_wherever_made(place, check, more, give):
+def test_objects_of_own_classes_are_told_of_wherever_made(place, check, more):
     lines = {"classes": stopper(check, more=more), "end": "x.check()"}
     found = told(**lines, **{place: "x = Stopper()"})
-    expected = f"`x` begins anew at a resume: {give}{REGISTER}"
+    expected = f"`x` begins anew at a resume: {PASS}"
     assert found == {"x = Stopper()": expected}
 
 
