@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +16,8 @@ from helios.errors import UnstorableError
 from helios.handwritten.faults import POLICIES
 from helios.handwritten.parts import TRAIN
 from helios.model import holdings
-from helios.state import check_name
+from helios.retention import SaveOptions
+from helios.state import Schedule, TrainingUnit, check_name
 
 
 def check_arguments(
@@ -79,6 +82,20 @@ def check_arguments(
             "of those that Accelerate has prepared"
         )
     return objects, is_named
+
+
+def settings_of(given: Mapping[str, Any]) -> tuple[Schedule, SaveOptions]:
+    """When the run logs, saves and ends, by the arguments, and what it keeps."""
+    by_epochs = given["save_every"] == "epoch"
+    schedule = Schedule(
+        train_unit=TrainingUnit.EPOCH,
+        total_steps=math.inf,
+        chkpt_frequency=1 if by_epochs else None,
+        print_frequency=given["log_every"],
+        accumulation_steps=given["accelerator"].gradient_accumulation_steps,
+    )
+    names = (field.name for field in dataclasses.fields(SaveOptions))
+    return schedule, SaveOptions(**{n: given[n] for n in names if n in given})
 
 
 class Attributes:

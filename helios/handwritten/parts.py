@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from helios import rng
-from helios.data.adopting import AdoptedLoader, adopt
+from helios.data.adopting import AdoptedLoader, adopt, check_loader
 from helios.data.datamodule import DataModule, Dataset, DatasetSplit
 from helios.data.packages import is_stream
 from helios.data.params import DataLoaderParams
@@ -17,6 +17,7 @@ from helios.determinism import settle_buckets
 from helios.engine import Accelerator, Engine, inner_optimizer
 from helios.errors import ModelError
 from helios.handwritten.late import registered_with
+from helios.handwritten.variables import Variables, into
 from helios.model import holdings
 from helios.model.model import Model
 
@@ -33,7 +34,7 @@ class Held(Model):
         registered = registered_with(accelerator)
         own = {holdings.REGISTERED: registered} if registered else {}
         self.objects = {**objects, **own}
-        self.notes: dict[str, Any] = {}
+        self.notes, self.variables = dict[str, Any](), Variables()
 
     def setup(self, for_inference: bool = False) -> None:
         """They are made already."""
@@ -42,12 +43,13 @@ class Held(Model):
         """The user's loop says which mode a network is in."""
 
     def user_state_dict(self) -> dict[str, Any]:
-        return {"notes": self.notes}
+        return {"notes": self.notes, "variables": self.variables.read()}
 
     def load_user_state_dict(self, state: dict[str, Any], for_inference: bool) -> None:
-        saved = {k: _put_into(self.notes.get(k), v) for k, v in state["notes"].items()}
+        saved = {k: into(self.notes.get(k), v) for k, v in state["notes"].items()}
         self.notes.clear()
         self.notes.update(saved)
+        self.variables.load_of_main(state.get("variables", {}))
 
     def _holdings(self) -> holdings.Holdings:
         return holdings.find(self.objects)
@@ -108,6 +110,9 @@ class Loaders(DataModule):
     ) -> None:
         super().__init__()
         self.names = list(loaders)
+        # What may be in the user's hands: these, and later what Accelerate has.
+        self._known: list[tuple[Any, str]] = [(one, n) for n, one in loaders.items()]
+        self._places = {name: place for place, name in enumerate(self.names)}
         self._engine, self._run_seed = engine, seed
         self._given, self._made = dict[str, Any](), dict[str, AdoptedLoader]()
         self._counts: dict[str, int] = {}
@@ -116,6 +121,7 @@ class Loaders(DataModule):
             if not is_stream(loader.dataset):
                 loader = engine.accelerator.prepare_data_loader(loader)
             self._given[name] = loader
+            self._known.append((loader, name))
         train = self._given[TRAIN]
         params = DataLoaderParams(num_workers=train.num_workers)
         self._train_phases = [Dataset(train.dataset, params)]
@@ -123,11 +129,35 @@ class Loaders(DataModule):
     def setup(self) -> None:
         """They are there already."""
 
+    def name_of(self, loader: str | DataLoader[Any]) -> str:
+        """The name of a loader: the one that it was given, or of what is prepared.
+
+        Raises:
+            ValueError: there is no such loader.
+        """
+        if isinstance(loader, str) and loader in self.names:
+            return loader
+        names = [name for one, name in self._known if one is loader]
+        prepared = self._engine.accelerator._dataloaders
+        for place in (n for n, one in enumerate(prepared) if one is loader):
+            if not names:
+                names = [f"prepared {place}"]
+                check_loader(loader, names[0])
+                self._known.append((loader, names[0]))
+                self._given[names[0]] = loader
+                self._places[names[0]] = len(self.names) + place
+        if not names:
+            raise ValueError(
+                f"`loader` must be in {self.names}, one of these loaders, or another "
+                f"that Accelerate has prepared, got {loader!r:.100}"
+            )
+        return names[0]
+
     def open(self, name: str) -> AdoptedLoader:
         """The loader of that name."""
         if name not in self._made:
             split = DatasetSplit.TRAIN if name == TRAIN else DatasetSplit.VALID
-            place = 0 if name == TRAIN else self.names.index(name)
+            place = 0 if name == TRAIN else self._places[name]
             key = rng.derive_key(self._run_seed, split.value, place)
             given, streams = self._given[name], self._streams.get(name)
             made = self._made[name] = adopt(given, key, f"loaders[{name!r}]", streams)
@@ -154,18 +184,6 @@ class Loaders(DataModule):
         self, data: Dataset | None, split: DatasetSplit, phase: int = 0
     ) -> tuple[AdoptedLoader, None] | None:
         return None if data is None else (self.open(TRAIN), None)
-
-
-def _put_into(kept: Any, value: Any) -> Any:
-    """A note's value, in the list or dict that a variable of the loop may be, too."""
-    if type(kept) is type(value) is list:
-        kept[:] = value
-    elif type(kept) is type(value) is dict:
-        kept.clear()
-        kept.update(value)
-    else:
-        return value
-    return kept
 
 
 def _is_prepared(found: holdings.Holdings, accelerator: Any) -> bool:

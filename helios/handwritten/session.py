@@ -7,8 +7,9 @@ import contextlib
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -25,36 +26,20 @@ from helios.errors import DataError, ModelError
 from helios.evaluation import to_the_end_of_all
 from helios.failures.bundle import Wish
 from helios.failures.replay import replayed
-from helios.handwritten.arguments import Attributes, check_arguments
+from helios.handwritten.arguments import Attributes, check_arguments, settings_of
 from helios.handwritten.faults import failures_told
 from helios.handwritten.late import Latecomers
 from helios.handwritten.parts import TRAIN, Held, Loaders, engine_for
+from helios.handwritten.stopped import RunStopped
 from helios.health.watch import Health
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import text_logging
 from helios.loop import Run
-from helios.retention import KeepBest, SaveOptions
-from helios.state import Boundary, EpochStage, Schedule, TrainingUnit
+from helios.retention import KeepBest
+from helios.state import Boundary, EpochStage
 from helios.stopping.requests import Stops
-from helios.stopping.status import exit_status
 from helios.verifying.trace import traces
 from helios.watchdog import watched
-
-
-class RunStopped(SystemExit):
-    """Raised in a loop that was asked to stop, when its checkpoint is on the disk.
-
-    Nobody needs to catch it: the process ends with the status 75, which says that the
-    same command is to be run again. What stands behind the loop runs only when training
-    is finished.
-    """
-
-    def __init__(self, reason: str | None) -> None:
-        super().__init__(exit_status())
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.reason}: stopped, to go on"
 
 
 class Session(session.Session):
@@ -73,8 +58,8 @@ class Session(session.Session):
     ``register_for_checkpointing`` is added. If you pass some, and none of them was
     prepared, the session does so, and ``session["model"]`` is what to use.
 
-    ``notes`` is a dict for plain values and tensors that are to be saved, such as a
-    best score. Other variables of the loop begin anew at a resume.
+    Variables of the loop begin anew at a resume, but for those that :meth:`epochs` is
+    told to ``carry``. ``notes`` is a dict for other plain values and tensors.
 
     Raises:
         TypeError, ValueError: wrong arguments, naming them.
@@ -110,27 +95,15 @@ class Session(session.Session):
     ) -> None:
         if isinstance(loaders, DataLoader):
             loaders = {TRAIN: loaders}
-        objects, is_named = check_arguments(vars() | objects, objects)
+        given = vars() | objects
+        objects, is_named = check_arguments(given, objects)
+        schedule, options = settings_of(given)
         root, traced = traces(os.path.abspath(path), is_loop=True)
         callbacks = [Latecomers(is_named), *callbacks, *traced]
         resume = "auto" if traced else resume
         if (replay := replayed(root.name)) is not None:
             callbacks, resume = [*callbacks, replay.callback], replay.resume
             hang_timeout_s, enable_tensorboard = None, False
-        schedule = Schedule(
-            train_unit=TrainingUnit.EPOCH,
-            total_steps=math.inf,
-            chkpt_frequency=1 if save_every == "epoch" else None,
-            print_frequency=log_every,
-            accumulation_steps=accelerator.gradient_accumulation_steps,
-        )
-        options = SaveOptions(
-            chkpt_interval_s=chkpt_interval_s,
-            keep_last=keep_last,
-            keep_every=keep_every,
-            keep_best=keep_best,
-            async_save=async_save,
-        )
         for name, loader in loaders.items():
             check_loader(loader, f"loaders[{name!r}]")
         check_writable(root)
@@ -157,7 +130,7 @@ class Session(session.Session):
             stops=Stops(max_time_s=max_time_s, grace_s=stop_grace_s),
         )
         model._session = self
-        self.notes = model.notes
+        self.notes, self._variables = model.notes, model.variables
         self._held, self._folder = model, None if replay else root
         self.stops.request_save = self.request_save
         self._save_every = save_every if isinstance(save_every, int) else None
@@ -210,15 +183,27 @@ class Session(session.Session):
             self._train = None  # which ends it now, and not with the interpreter
             self.close()
 
-    def epochs(self, total: int | None = None) -> Iterator[int]:
+    def _books(self) -> dict[str, dict[str, Any]]:
+        return {**super()._books(), "variables": self._held.variables.read()}
+
+    def epochs(
+        self, total: int | None = None, *, carry: str | Sequence[str] = ()
+    ) -> Iterator[int]:
         """The epochs that are left of ``total`` (None: for ever), counted from 0.
 
-        Each has to read ``batches("train")`` once. When they are done, the run is saved
-        as finished: started again, it has none left. A loop that is left by ``break``
-        isn't: started again, it goes on from its last checkpoint, and comes to the same
-        ``break``. Every rank must call.
+        ``carry`` names variables of the function that calls this, and of the one that
+        calls :meth:`batches`: ``carry=["best", "patience"]``. Each rank's are saved,
+        and set again when the loop has come to where it was. They hold plain values,
+        tensors, and lists and dicts of these.
+
+        Each has to read the batches that are trained on once. When they are done, the
+        run is saved as finished: started again, it has none left. A loop that is left
+        by ``break`` isn't: started again, it goes on from its last checkpoint, and
+        comes to the same ``break``. Every rank must call.
 
         Raises:
+            ValueError, TypeError: with the first batch: ``carry`` names what there is
+                not, or what can't be saved.
             RunStopped: it was asked to stop, and is saved.
         """
         if total is not None and (type(total) is not int or total < 1):
@@ -234,16 +219,18 @@ class Session(session.Session):
         self.schedule = dataclasses.replace(self.schedule, total_steps=most)
         self._run = Run(self, self._model, self._loaders, self._was_resumed)
         self._events = self._run.boundaries()
-        return self._epochs(self._run)
+        self._variables.names = (carry,) if isinstance(carry, str) else tuple(carry)
+        return self._epochs(self._run, sys._getframe(1))
 
-    def _epochs(self, run: Run) -> Iterator[int]:
+    def _epochs(self, run: Run, caller: FrameType) -> Iterator[int]:
         guards, state = self._guards, self.state
         guards.enter_context(self.stops.joined(self.engine, self._folder))
         guards.enter_context(watched(self, self._hang_timeout_s))
         self._health.begin()
-        with guards:
+        with guards, self._variables.inside("epochs", caller):
+            del caller
             if state.epoch_stage == EpochStage.CLOSED:
-                self._meet(next(self._events))
+                self._meet(self._next())
             while not run._is_over():
                 yield state.global_epoch
                 self._end_epoch()
@@ -265,44 +252,55 @@ class Session(session.Session):
             # The loop has left the epoch by `break`, behind a batch that counts.
             self._health.after_batch()
             self.state.epoch_stage = EpochStage.COMPLETE
-            next(self._events)
+            self._next()
             self._end_training()
-        self._meet(next(self._events))
+        self._meet(self._next())
 
-    def batches(self, name: str = TRAIN) -> Iterator[Any]:
+    def _next(self) -> Boundary:
+        """Go on to the next boundary; to the first one with the loop's variables."""
+        is_first = self._restored is not None
+        boundary = next(self._events)
+        if is_first:
+            self._variables.put_back()
+        return boundary
+
+    def batches(self, loader: str | DataLoader[Any] = TRAIN) -> Iterator[Any]:
         """The batches of a loader, placed on the device.
 
-        Of ``"train"`` those that are left of the epoch: between two of them the run is
-        saved, and stopped. Any other loader is read from its start, whole or in part,
-        and between two training batches. Every rank must call.
+        ``loader`` is a name in ``loaders``, or itself one of them, or any other that
+        Accelerate has prepared. Of ``"train"`` those that are left of the epoch:
+        between two of them the run is saved, and stopped. Any other loader is read from
+        its start, whole or in part, and between two training batches. Every rank must
+        call.
 
         Accelerate's ``accumulate``, ``sync_gradients`` and ``gather_for_metrics`` work
         as with loaders that it has prepared.
 
         Raises:
+            ValueError: it is no name in ``loaders``, and no loader that is known.
             DataError: where the loader stands cannot be saved, or it yields nothing.
             RunStopped: the run was asked to stop, and is saved.
         """
-        if name not in self._loaders.names:
-            raise ValueError(f"`name` must be in {self._loaders.names}, got {name!r}")
-        if name != TRAIN:
+        if (name := self._loaders.name_of(loader)) != TRAIN:
             return self._other_batches(name)
         if self._run is None or self._train is not None:
             raise DataError(
                 '`session.batches("train")` must be read once in each turn of a loop '
                 "over `session.epochs(...)`; make as many epochs as you want to read"
             )
-        self._train = self._train_batches(self._run)
+        self._train = self._train_batches(self._run, sys._getframe(1))
         found: Iterator[Any] = self._train
         return found
 
-    def _train_batches(self, run: Run) -> Iterator[Any]:
+    def _train_batches(self, run: Run, caller: FrameType) -> Iterator[Any]:
         loader, state = self._loaders.open(TRAIN), self.state
         accelerator, window = self.engine.accelerator, self.schedule.accumulation_steps
         health = self._health
-        with loader.reported():
+        with loader.reported(), self._variables.inside("batches", caller):
+            del caller
+            self._variables.check()
             while True:
-                boundary = next(self._events)
+                boundary = self._next()
                 if boundary is Boundary.READY:
                     done = state.dataset_iter
                     is_step = window == 1 or accelerator.sync_gradients
