@@ -655,7 +655,7 @@ def test_loops_that_could_not_be_resumed_are_refused(tmp_path, loop, message):
 
 def test_other_loader_or_epochs_that_are_none_are_refused(tmp_path):
     with Simple(tmp_path / "run").session as session:
-        with pytest.raises(ValueError, match=r"in \['train', 'valid'\], got 't'"):
+        with pytest.raises(ValueError, match=r"in \['train', 'valid'\], one.*got 't'"):
             session.batches("t")
         with pytest.raises(ValueError, match="`total` must be an int >= 1"):
             session.epochs(0)

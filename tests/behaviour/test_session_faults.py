@@ -79,6 +79,8 @@ def test_loop_with_skipped_steps_resumes_anywhere(tmp_path, window, spoils, caps
 class Leaving(ByHand):
     """Leaves each epoch by `break`, behind its third batch."""
 
+    carried = ("best", "totals")
+
     def train(self, session, stop_at):
         for number, (ids, inputs, targets) in enumerate(session.batches("train")):
             self.ids.append(ids.tolist())
@@ -90,6 +92,7 @@ class Leaving(ByHand):
                 optimizer.zero_grad()
             if number == 2:
                 break
+        return loss.item()
 
 
 @pytest.mark.parametrize("policy", ["warn", "stop", "skip"])

@@ -43,6 +43,7 @@ class ByHand:
     rank: int = 0  # which is to stop
     spoiled: tuple = ()  # its batches, counted from 0, that have bad numbers
     spoils: str = "inputs"  # or "loss": the gradients are finite
+    carried: tuple = ("best", "totals", "total", "count")  # of two functions
     options: dict = dataclasses.field(default_factory=dict)
 
     def make(self):
@@ -117,12 +118,13 @@ class ByHand:
         with contextlib.suppress(helios.RunStopped), session:
             if stop.at_start and is_mine:
                 session.request_stop("the test")
-            for epoch in session.epochs(self.epochs):
-                self.train(session, stop.batch if is_mine else None)
+            best, totals = -math.inf, []
+            for epoch in session.epochs(self.epochs, carry=self.carried):
+                totals.append(self.train(session, stop.batch if is_mine else None))
                 score = self.validate(session, stop.in_validation == epoch and is_mine)
-                session.log({"score": score})
-                best = max(session.notes.get("best", -1.0), score)
-                session.notes["best"] = best
+                best = max(best, score)
+                session.log({"score": score, "best": best, "total": sum(totals)})
+                session.notes["scores"] = [*session.notes.get("scores", []), score]
                 if stop.after_epoch == epoch and is_mine:
                     session.request_stop("the test")
         return session.stop_reason is None
@@ -138,7 +140,9 @@ class ByHand:
     def train(self, session, stop_at):
         for module in (self.net, self.head):
             module.train()
-        for ids, inputs, targets in session.batches("train"):
+        total, count = torch.zeros(()), 0
+        reads = self.train_loader if self.is_prepared else "train"
+        for ids, inputs, targets in session.batches(reads):
             self.ids.append(ids.tolist())
             is_mine = self.accelerator.process_index == self.rank
             kind = None
@@ -157,15 +161,17 @@ class ByHand:
                 for optimizer in self.optimizers:
                     optimizer.zero_grad()
             session.log({"loss": loss})
+            total, count = total + loss.detach(), count + 1
             if session.state.global_iteration == stop_at:
                 session.request_stop("the test")
+        return (total / count).item()
 
     def validate(self, session, stops):
         for module in (self.net, self.head):
             module.eval()
         losses = []
         with torch.no_grad():
-            for _, inputs, targets in session.batches("valid"):
+            for _, inputs, targets in session.batches(self.valid_loader):
                 losses.append(self.loss(inputs, targets))
                 if stops:
                     session.request_stop("the test")
