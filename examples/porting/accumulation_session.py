@@ -42,11 +42,10 @@ def main(args):
         model, optimizer, train_loader, valid_loader
     )
 
-    loaders = {"train": train_loader, "valid": valid_loader}
-    session = helios.Session(accelerator, args.folder, loaders=loaders)
+    session = helios.Session(accelerator, args.folder, train_loader)
     for epoch in session.epochs(args.epochs):
         model.train()
-        for images, targets in session.batches("train"):
+        for images, targets in session.batches(train_loader):
             with accelerator.accumulate(model):
                 loss = (model(images)[:, 0] - targets).square().mean()
                 accelerator.backward(loss)
@@ -57,7 +56,7 @@ def main(args):
 
         model.eval()
         errors = []
-        for images, targets in session.batches("valid"):
+        for images, targets in session.batches(valid_loader):
             with torch.no_grad():
                 error = (model(images)[:, 0] - targets).abs()
             errors.append(accelerator.gather_for_metrics(error))

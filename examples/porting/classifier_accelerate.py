@@ -45,7 +45,7 @@ def main(args):
         model, optimizer, scheduler, train_loader, valid_loader
     )
 
-    steps = 0
+    steps, best = 0, 0.0
     for epoch in range(args.epochs):
         model.train()
         for images, labels in train_loader:
@@ -65,7 +65,9 @@ def main(args):
                 guesses = model(images).argmax(-1)
             guesses, labels = accelerator.gather_for_metrics((guesses, labels))
             correct += (guesses == labels).sum().item()
-        accelerator.print(f"epoch {epoch}: accuracy {correct / len(valid):.3f}")
+        accuracy = correct / len(valid)
+        best = max(best, accuracy)
+        accelerator.print(f"epoch {epoch}: accuracy {accuracy:.3f}, best {best:.3f}")
 
     accelerator.save_model(model, f"{args.folder}/final")
     accelerator.wait_for_everyone()

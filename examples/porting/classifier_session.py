@@ -47,11 +47,11 @@ def main(args):
         model, optimizer, scheduler, train_loader, valid_loader
     )
 
-    loaders = {"train": train_loader, "valid": valid_loader}
-    session = helios.Session(accelerator, args.folder, loaders=loaders, save_every=20)
-    for epoch in session.epochs(args.epochs):
+    session = helios.Session(accelerator, args.folder, train_loader, save_every=20)
+    best = 0.0
+    for epoch in session.epochs(args.epochs, carry=["best"]):
         model.train()
-        for images, labels in session.batches("train"):
+        for images, labels in session.batches(train_loader):
             loss = nn.functional.cross_entropy(model(images), labels)
             accelerator.backward(loss)
             optimizer.step()
@@ -60,12 +60,14 @@ def main(args):
 
         model.eval()
         correct = 0
-        for images, labels in session.batches("valid"):
+        for images, labels in session.batches(valid_loader):
             with torch.no_grad():
                 guesses = model(images).argmax(-1)
             guesses, labels = accelerator.gather_for_metrics((guesses, labels))
             correct += (guesses == labels).sum().item()
-        accelerator.print(f"epoch {epoch}: accuracy {correct / len(valid):.3f}")
+        accuracy = correct / len(valid)
+        best = max(best, accuracy)
+        accelerator.print(f"epoch {epoch}: accuracy {accuracy:.3f}, best {best:.3f}")
 
     accelerator.save_model(model, f"{args.folder}/final")
     accelerator.wait_for_everyone()

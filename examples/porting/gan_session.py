@@ -55,10 +55,10 @@ def main(args):
     fixed_latent = torch.randn(100, LATENT, device=accelerator.device)
     set_seed(args.seed, device_specific=True)  # each rank draws latents of its own
 
-    session = helios.Session(accelerator, args.folder, loaders=loader)
+    session = helios.Session(accelerator, args.folder, loader)
     for epoch in session.epochs(args.epochs):
         discriminator.train()
-        for (real,) in session.batches("train"):
+        for (real,) in session.batches(loader):
             latent = torch.randn(len(real), LATENT, device=accelerator.device)
             fake = generator(latent)
 

@@ -93,11 +93,10 @@ def main(args):
         model, optimizer, scheduler, train_loader, valid_loader
     )
 
-    loaders = {"train": train_loader, "valid": valid_loader}
-    session = helios.Session(accelerator, args.folder, loaders=loaders)
+    session = helios.Session(accelerator, args.folder, train_loader)
     for epoch in session.epochs(args.epochs):
         model.train()
-        for tokens, targets in session.batches("train"):
+        for tokens, targets in session.batches(train_loader):
             logits = model(tokens)
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
             accelerator.backward(loss)
@@ -108,7 +107,7 @@ def main(args):
 
         model.eval()
         losses = []
-        for tokens, targets in session.batches("valid"):
+        for tokens, targets in session.batches(valid_loader):
             with torch.no_grad():
                 logits = model(tokens).transpose(1, 2)
             loss = nn.functional.cross_entropy(logits, targets, reduction="none")

@@ -68,11 +68,10 @@ def main(args):
         model, optimizer, train_loader, valid_loader
     )
 
-    loaders = {"train": train_loader, "valid": valid_loader}
-    session = helios.Session(accelerator, args.folder, loaders=loaders)
+    session = helios.Session(accelerator, args.folder, train_loader)
     for epoch in session.epochs(args.epochs):
         model.train()
-        for windows in session.batches("train"):
+        for windows in session.batches(train_loader):
             loss = model(windows).mean()
             accelerator.backward(loss)
             optimizer.step()
@@ -80,7 +79,7 @@ def main(args):
 
         model.eval()
         losses = []
-        for windows in session.batches("valid"):
+        for windows in session.batches(valid_loader):
             with torch.no_grad():
                 loss = model(windows)
             losses.append(accelerator.gather_for_metrics(loss))

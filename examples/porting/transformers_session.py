@@ -76,11 +76,10 @@ def main(args):
         model, optimizer, scheduler, train_loader, valid_loader
     )
 
-    loaders = {"train": train_loader, "valid": valid_loader}
-    session = helios.Session(accelerator, args.folder, loaders=loaders)
+    session = helios.Session(accelerator, args.folder, train_loader)
     for epoch in session.epochs(args.epochs):
         model.train()
-        for batch in session.batches("train"):
+        for batch in session.batches(train_loader):
             loss = model(**batch).loss
             accelerator.backward(loss)
             optimizer.step()
@@ -89,7 +88,7 @@ def main(args):
 
         model.eval()
         correct = 0
-        for batch in session.batches("valid"):
+        for batch in session.batches(valid_loader):
             with torch.no_grad():
                 guesses = model(**batch).logits.argmax(-1)
             guesses, labels = accelerator.gather_for_metrics((guesses, batch["labels"]))

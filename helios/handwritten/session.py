@@ -48,7 +48,7 @@ class Session(session.Session):
     It loads the newest checkpoint below ``path``, if there is one; :meth:`epochs` and
     :meth:`batches` then go on where that was saved, to the same bits. Every rank must
     make one, and use it alike. As a context manager it also logs what a failed loop has
-    raised.
+    raised. ``loaders`` are the one that is trained on, or a dict with it as "train".
 
     ``objects`` are what training changes, under names of your choice: networks,
     optimizers, schedulers, generators, and anything else with ``state_dict`` and
@@ -72,8 +72,8 @@ class Session(session.Session):
         self,
         accelerator: Accelerator,
         path: str | os.PathLike[str],
-        *,
         loaders: DataLoader[Any] | Mapping[str, DataLoader[Any]],
+        *,
         save_every: int | str | None = None,
         log_every: int | None = 1,
         resume: str | os.PathLike[str] = "auto",
@@ -244,7 +244,8 @@ class Session(session.Session):
         if self._train is None:
             raise DataError(
                 f"epoch {self.state.global_epoch} has read no training batches; read "
-                '`session.batches("train")` in each turn of the loop over `epochs`'
+                "`session.batches()` in each turn of the loop over `epochs`, of the "
+                'loader that was passed, or of "train"'
             )
         self._train.close()
         self._train = None
@@ -285,8 +286,8 @@ class Session(session.Session):
             return self._other_batches(name)
         if self._run is None or self._train is not None:
             raise DataError(
-                '`session.batches("train")` must be read once in each turn of a loop '
-                "over `session.epochs(...)`; make as many epochs as you want to read"
+                "the batches to train on must be read once in each turn of a loop over "
+                "`session.epochs(...)`; make as many epochs as you want to read"
             )
         self._train = self._train_batches(self._run, sys._getframe(1))
         found: Iterator[Any] = self._train

@@ -31,6 +31,10 @@ _PASS = (
     "pass an object with `state_dict` and `load_state_dict` to the session, or to "
     "`accelerator.register_for_checkpointing` before it is made"
 )
+_CARRY = (
+    "name a variable in `session.epochs(..., carry=[...])`, or keep its value in "
+    "`session.notes`"
+)
 _GENERATOR = (
     "keep `generator.get_state()` of a `torch.Generator` that the loop draws from in "
     "`session.notes`"
@@ -39,8 +43,7 @@ _UNSAVED_BY_LOOP = Advice(
     "the loop depends on something that is not saved: a variable, which begins anew at "
     "a resume (a count, that of `enumerate`, for instance), an object that the session "
     "does not know, or a generator of its own",
-    "keep a variable in `session.notes`, and read it from there before the loop; count "
-    f"by `session.state`; {_PASS}; {_GENERATOR}",
+    f"{_CARRY}; count by `session.state`; {_PASS}; {_GENERATOR}",
 )
 END = Kind(
     "the epoch of the batch",
@@ -54,8 +57,8 @@ END = Kind(
     Advice(
         "an epoch has ended after another batch, by `break` for instance, whose "
         "condition depends on a variable, or an object, that is not saved",
-        "keep the variable in `session.notes`, or count by `session.state`; "
-        f"{_PASS}; or give a stream `state_dict` and `load_state_dict`",
+        f"{_CARRY}, or count by `session.state`; {_PASS}; or give a stream "
+        "`state_dict` and `load_state_dict`",
     ),
 )
 _ORDER_CAUSE = (
@@ -94,8 +97,8 @@ RNG = Kind(
     Advice(
         "the loop has drawn more or fewer random numbers than before: it depends on "
         "something that is not saved",
-        "save what it depends on: keep it in `session.notes`, or count by "
-        f"`session.state`; {_PASS}; {_GENERATOR}",
+        f"save what it depends on: {_CARRY}, or count by `session.state`; {_PASS}; "
+        f"{_GENERATOR}",
     ),
 )
 LOSS = Kind("a loss or a score", r"rank\.books", _UNSAVED, _UNSAVED_BY_LOOP)
@@ -133,8 +136,7 @@ UNEQUAL = Kind(
         "the loop has ended elsewhere, by `break` for instance, whose condition "
         "depends on a variable, or an object, that is not saved: a patience, a best "
         "score, a count",
-        "keep the variable in `session.notes`, and read it from there before the loop; "
-        f"or count by `session.state`; {_PASS}",
+        f"{_CARRY}; or count by `session.state`; {_PASS}",
     ),
 )
 

@@ -113,16 +113,17 @@ def test_what_is_said_fits_who_has_written_the_loop():
 @pytest.mark.parametrize("kind", [RNG, LOSS, WEIGHTS, END, UNEQUAL])
 def test_who_has_a_loop_is_told_of_objects_as_well(kind):
     cure = advice(kind, is_repeatable=True, is_cuda=False, is_loop=True).cure
-    for text in "`session.notes`", "`state_dict`", "`accelerator.register_for_check":
+    texts = "`session.notes`", "`state_dict`", "`accelerator.register_for_check"
+    for text in ("carry=[...]", *texts):
         assert text in cure
     is_drawn = kind in (RNG, LOSS, WEIGHTS)
     assert ("keep `generator.get_state()`" in cure) == is_drawn
 
 
 LOOPS = [
-    ("variable", ["a loss or a score", "begins anew", "keep a variable in `session.n"]),
+    ("variable", ["a loss or a score", "begins anew", "name a variable in `session.e"]),
     ("rate", ["a learning rate", "0.lr`: 0.0125, then 0.1", "`session.state.current"]),
-    ("drawing", ["random numbers", "the loop has drawn", "keep it in `session.notes`"]),
+    ("drawing", ["random numbers", "the loop has drawn", "name a variable in `ses"]),
     ("leaving", ["the epoch of the batch", "by `break`", "or count by `session.state"]),
     ("summing", ["what was logged", "batches", "begins anew"]),
     ("patience", ["the number of batches", "a patience", "  15 batches\n  20 batches"]),
@@ -140,8 +141,9 @@ def test_cause_and_cure_fit_a_loop_on_a_session(monkeypatch, tmp_path, kind, exp
 
 
 @pytest.mark.slow
-def test_variable_in_the_notes_is_the_cure(monkeypatch, tmp_path):
-    status, output = verify(monkeypatch, tmp_path, "kept", "--at", "7", script=LOOP)
+@pytest.mark.parametrize("kind", ["kept", "carried"])
+def test_variable_that_is_kept_is_the_cure(monkeypatch, tmp_path, kind):
+    status, output = verify(monkeypatch, tmp_path, kind, "--at", "7", script=LOOP)
     assert (status, "IDENTICAL" in output) == (0, True)
 
 

@@ -23,10 +23,10 @@ session = helios.Session(accelerator, "runs/loop", loaders=loader)
 n = worse = 0
 if kind == "kept":
     n = session.notes.get("n", n)
-for _ in session.epochs(4):
+for _ in session.epochs(4, carry=["n"] if kind == "carried" else []):
     for inputs, targets in session.batches():
         loss = (model(inputs) - targets).square().mean()
-        if kind in ("variable", "kept"):
+        if kind in ("variable", "kept", "carried"):
             loss = loss * (1 + 0.1 * n)
         accelerator.backward(loss)
         if kind == "rate":

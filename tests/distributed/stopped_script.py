@@ -17,9 +17,11 @@ _, at, *sys.argv = sys.argv
 
 
 class Stopped(helios.Session):
-    def batches(self, name="train"):
-        is_mine = name == "train" and self.engine.rank == self.engine.world_size - 1
-        for batch in super().batches(name):
+    def batches(self, loader="train"):
+        batches = super().batches(loader)
+        is_last = self.engine.rank == self.engine.world_size - 1
+        is_mine = is_last and batches is self._train
+        for batch in batches:
             if is_mine and self.state.global_iteration == int(at):
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
