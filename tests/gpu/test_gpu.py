@@ -1,5 +1,6 @@
 """Exact resume on a CUDA device."""
 
+import contextlib
 import gc
 import json
 import os
@@ -10,9 +11,13 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
 from support import RandomData, RandomModel, StopAt, digest, train
 from support.kinds import KINDS, KindData, KindModel
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import helios
 from helios.checkpoint import find_last_checkpoint, read_checkpoint
@@ -318,3 +323,43 @@ def test_ranks_on_a_gpu_resume_exactly(tmp_path, ranks, options):
         is_sharded = '"fsdp_version": 2' in options
         assert whole["type"] == ("DTensor" if is_sharded else "Parameter")
         assert resumed["weights"] == whole["weights"]
+
+
+def loop_by_hand(root, stop=None):
+    """Variables on both devices after a loop with dropout; None where it stops."""
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    accelerator = Accelerator(mixed_precision="bf16")
+    set_seed(4)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(net.parameters())
+    loader = DataLoader(TensorDataset(torch.randn(24, 4)), batch_size=4, shuffle=True)
+    net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    session = helios.Session(accelerator, root, loader)
+    counts, losses = torch.zeros(3), []
+    with contextlib.suppress(helios.RunStopped), session:
+        for epoch in session.epochs(3, carry=["counts", "losses", "total"]):
+            total = torch.zeros((), device=accelerator.device)
+            for (inputs,) in session.batches(loader):
+                loss = net(inputs).square().mean()
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                total += loss.detach()
+                counts[epoch] += 1
+                if session.state.global_iteration == stop:
+                    session.request_stop("the test")
+            losses.append(total)
+        return counts, losses, net.state_dict()
+    return None
+
+
+def test_variables_of_a_loop_by_hand_go_on_where_they_were(tmp_path):
+    counts, losses, weights = loop_by_hand(tmp_path / "whole")
+    assert counts.tolist() == [6, 6, 6]
+    for stop in (2, 8, 11):
+        assert loop_by_hand(tmp_path / "parts", stop) is None
+    resumed = loop_by_hand(tmp_path / "parts")
+    assert not resumed[0].is_cuda
+    assert all(loss.is_cuda for loss in resumed[1])
+    assert digest(resumed) == digest((counts, losses, weights))
