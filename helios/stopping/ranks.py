@@ -25,8 +25,10 @@ def starter_folder() -> pathlib.Path | None:
 def end_with_launcher() -> None:
     """Have this process told when the launcher dies that has started it, if one has."""
     number = None
-    if os.environ.get(STARTER) == str(os.getppid()):
+    if (folder := starter_folder()) is not None:
         number = signal.SIGKILL  # the same command may be run again
+        # An attempt before this one may have left it: nobody stops before all are here.
+        (folder / STOPPED).unlink(missing_ok=True)
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         number = signal.SIGINT  # the second one, where an impatient user has sent two
     elif "ACCELERATE_MIXED_PRECISION" in os.environ:

@@ -35,6 +35,8 @@ class NetModel(helios.Model):
         if state.global_iteration == 3 and self.rank == 1 and how == "hang":
             (folder / "failed_at_s").write_text(str(time.time()))
             self.wait_for_ever()
+        if state.global_iteration == 3 and how == "stop once" and not has_failed:
+            os.kill(os.getpid(), signal.SIGTERM)
         if state.global_iteration >= 3 and how == "wait":
             (folder / f"waits_{self.rank}").write_text(str(os.getpid()))
             time.sleep(0.5)  # the signal comes meanwhile
@@ -57,8 +59,14 @@ how, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 options = json.loads(sys.argv[3])
 has_failed = (folder / "failed_at_s").exists()
 model = NetModel("net")
-is_finished, _ = train(model, RandomData(), folder / "runs", **options)
 rank = os.environ.get("RANK", "0")
+try:
+    is_finished, _ = train(model, RandomData(), folder / "runs", **options)
+except SystemExit:  # it was stopped, and one rank does not even come to its end
+    if rank == "1":
+        (folder / "failed_at_s").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise
 report = {"is_finished": is_finished, "weights": digest(model.net.state_dict())}
 report["world_size"] = os.environ.get("WORLD_SIZE", "1")
 (folder / f"rank_{rank}.json").write_text(json.dumps(report))

@@ -84,6 +84,12 @@ def test_job_is_started_anew_as_often_as_is_asked(tmp_path):
     assert output.count("resumed from net_epoch_1_iter_3") == 1
 
 
+def test_attempt_that_was_stopped_does_not_count_when_the_next_one_finishes(tmp_path):
+    options = {"num_processes": 2, "exit_when_stopped": True}
+    process = start(tmp_path / "a", "stop once", max_restarts=1, **options)
+    check_resumed(tmp_path, *end(process), **options)
+
+
 def test_hung_rank_ends_the_job_and_is_named_and_the_same_command_goes_on(tmp_path):
     options = {"num_processes": 3, "hang_timeout_s": 4, "async_save": False}
     code, output = end(start(tmp_path / "a", "hang", **options))
