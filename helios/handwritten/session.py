@@ -37,6 +37,7 @@ from helios.loggers.text import text_logging
 from helios.loop import Run
 from helios.retention import KeepBest
 from helios.state import Boundary, EpochStage
+from helios.stopping.ranks import end_with_launcher
 from helios.stopping.requests import Stops
 from helios.verifying.trace import traces
 from helios.watchdog import watched
@@ -95,9 +96,9 @@ class Session(session.Session):
     ) -> None:
         if isinstance(loaders, DataLoader):
             loaders = {TRAIN: loaders}
-        given = vars() | objects
-        objects, is_named = check_arguments(given, objects)
+        objects, is_named = check_arguments(given := vars() | objects, objects)
         schedule, options = settings_of(given)
+        end_with_launcher()
         root, traced = traces(os.path.abspath(path), is_loop=True)
         callbacks = [Latecomers(is_named), *callbacks, *traced]
         resume = "auto" if traced else resume

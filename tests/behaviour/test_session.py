@@ -240,8 +240,8 @@ def test_failed_loop_leaves_whole_checkpoints_and_goes_on_from_the_last(tmp_path
         assert Simple(root, save_every=2).run() == weights, at
 
 
-def start(folder, *args):
-    command = [sys.executable, SCRIPT, folder, *map(str, args)]
+def start(folder, *args, under=()):
+    command = [sys.executable, *under, SCRIPT, folder, *map(str, args)]
     return subprocess.Popen(
         command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -307,6 +307,22 @@ def test_signal_can_ask_for_a_checkpoint(tmp_path):
     assert end(process) == 0
     folders = [path.parent.name for path in tmp_path.rglob("helios.json")]
     assert sorted(folders) == ["run_epoch_1_iter_8", "run_epoch_4_iter_20"]
+
+
+def test_loop_saves_and_ends_when_its_launcher_is_ended_that_passes_nothing_on(
+    tmp_path, final
+):
+    under = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    process = start(tmp_path, 7, under=under)
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    process.wait(timeout=60)
+    end(process)  # of the loop, which holds the pipe
+    (folder,) = [path.parent.name for path in tmp_path.rglob("helios.json")]
+    assert folder == "run_epoch_1_iter_8"
+    assert not (tmp_path / "final.pt").exists()
+    assert end(start(tmp_path, under=under)) == 0
+    assert digest(torch.load(tmp_path / "final.pt")) == final
 
 
 def test_whoever_wants_to_go_on_behind_a_stop_catches_it(tmp_path):
