@@ -14,8 +14,11 @@ import time
 
 import numpy as np
 import torch
-from support import RandomData, digest
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from support import AugmentedDataset, RandomData, digest
 from torch import nn
+from torch.utils.data import DataLoader
 
 import helios
 
@@ -42,7 +45,7 @@ class Fault:
         self.name, self.phase = plan.get("fault"), plan.get("phase")
         self.launcher = plan["launcher"]
         self.folder = pathlib.Path(plan["folder"])
-        self.trainer = None
+        self.request_stop = self.reason = None  # as the Trainer, or the Session, has it
 
     def at(self, phase):
         rank = os.environ.get("RANK", "0")
@@ -53,13 +56,13 @@ class Fault:
         if name in SIGNALS:
             self.send(*SIGNALS[name])
         elif name == "request_stop()":
-            self.trainer.request_stop()
+            self.request_stop()
         elif name == "file `stop`":
             (self.folder / "runs" / "net").mkdir(parents=True, exist_ok=True)
             (self.folder / "runs" / "net" / "stop").touch()
         if name == "request_stop()":
             return
-        self.wait(lambda: self.trainer._stops.reason is not None)
+        self.wait(lambda: self.reason() is not None)
         if name == "SIGINT twice":
             time.sleep(0.3)  # those of one moment are one
             self.send(signal.SIGINT, False)
@@ -164,15 +167,67 @@ class Written(helios.Callback):
             self.fault.at("write")
 
 
+def limits(plan):
+    """What the Trainer and the Session are told alike."""
+    return {
+        "async_save": plan["async_save"],
+        "max_time_s": LIMIT_S if plan["fault"] == "`max_time_s`" else None,
+        "stop_grace_s": GRACE_S if plan["fault"] == "too slow" else None,
+    }
+
+
+def loop(plan):
+    """A loop by hand, as the plan says; write down how it ended."""
+    torch.set_num_threads(1)
+    folder, rank = pathlib.Path(plan["folder"]), os.environ.get("RANK", "0")
+    fault, workers = Fault(plan), plan["workers"]
+    accelerator = Accelerator()
+    set_seed(7)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(net.parameters())
+    loader = DataLoader(
+        AugmentedDataset(16 * accelerator.num_processes),
+        batch_size=4,
+        shuffle=True,
+        num_workers=workers,
+    )
+    net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+    session = helios.Session(
+        accelerator, folder / "runs" / "net", loader, save_every="epoch", **limits(plan)
+    )
+    fault.reason = lambda: session.stop_reason
+    fault.request_stop = lambda: session.request_stop("asked")
+    losses = []
+    for _ in session.epochs(EPOCHS, carry=["losses", "total"]):
+        total = torch.zeros(())
+        for ids, inputs, targets in session.batches(loader):
+            if session.state.global_iteration == 5:
+                fault.at("loop by hand")
+            loss = (net(inputs)[:, 0] - targets).square().mean()
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            total += loss.detach()
+            with open(folder / f"ids_{rank}", "a") as file:
+                file.write(f"{ids.tolist()}\n")
+        losses.append(total)
+    weights = accelerator.unwrap_model(net).state_dict()
+    (folder / f"report_{rank}").write_text(digest([weights, losses]))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def run(plan):
     """Train and test, as the plan says; write down how it ended."""
+    if plan["phase"] == "loop by hand":
+        return loop(plan)
     torch.set_num_threads(1)
     folder = pathlib.Path(plan["folder"])
     fault = Fault(plan)
     model = NetModel(fault, folder)
     workers = plan["workers"]
     data = NetData(fault, num_workers=workers, persistent_workers=workers > 0)
-    trainer = fault.trainer = helios.Trainer(
+    trainer = helios.Trainer(
         use_cpu=True,
         total_steps=EPOCHS,
         valid_frequency=1,
@@ -183,10 +238,12 @@ def run(plan):
         callbacks=[Written(fault)],
         print_banner=False,
         enable_progress_bar=False,
-        async_save=plan["async_save"],
         exit_when_stopped=True,
-        max_time_s=LIMIT_S if fault.name == "`max_time_s`" else None,
-        stop_grace_s=GRACE_S if fault.name == "too slow" else None,
+        **limits(plan),
+    )
+    fault.request_stop, fault.reason = (
+        trainer.request_stop,
+        lambda: trainer._stops.reason,
     )
     assert trainer.fit(model, data)  # or it exits
     rank = os.environ.get("RANK", "0")

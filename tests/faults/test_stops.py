@@ -14,6 +14,7 @@ import sys
 import time
 
 import pytest
+from accelerate.state import AcceleratorState
 from faults import stops_script
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -74,6 +75,7 @@ CELLS = [
 # epoch. What a save writes behind the training may be written at any of them.
 DONE = {"prepare_data": 0, "setup": 0, "training": 6, "window": 7}
 DONE |= {"end of an epoch": 8, "validation": 8, "save": 8, "testing": 12}
+DONE["loop by hand"] = 6
 STATUSES = {row["it was"]: row for row in table("it was")}
 
 
@@ -129,6 +131,7 @@ def end(folder, process):
 
 def _be_rank(rank, environment, plan):
     os.environ.update(environment)
+    AcceleratorState._reset_state(reset_partial_state=True)  # what tests before it left
     with open(pathlib.Path(plan["folder"]) / "output", "a") as output:
         os.dup2(output.fileno(), 2)
     stops_script.run(plan)
@@ -173,7 +176,8 @@ def whole(tmp_path_factory):
     found = {}
 
     def get(launcher, phase):
-        key = LAUNCHERS[launcher][0], phase == "window"
+        is_other = phase in ("window", "loop by hand")  # than all the rest
+        key = LAUNCHERS[launcher][0], phase if is_other else ""
         if key not in found:
             found[key] = finish(tmp_path_factory.mktemp("whole"), launcher, phase)
         return found[key]
