@@ -4,32 +4,40 @@ import ast
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-_CHANGING = {"add", "append", "appendleft", "clear", "extend", "insert", "pop"}
-_CHANGING |= {"popleft", "remove", "update"}
+_CHANGING = {"add", "append", "appendleft", "clear", "discard", "extend", "insert"}
+_CHANGING |= {"pop", "popitem", "popleft", "remove", "setdefault", "update"}
 _SCOPES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
 Known = set[str] | None  # None: nothing runs here
 
 
 class Change(NamedTuple):
-    """A statement that changes a variable."""
+    """What changes a variable."""
 
-    node: ast.stmt
+    node: ast.stmt | ast.expr
     value: ast.expr | None  # what it is set to; None: a part of it is changed
     adds: bool = False  # to what it was before
 
 
-def carried_by(
-    loop: ast.For | ast.AsyncFor, behind: set[str]
-) -> dict[str, list[Change]]:
-    """By name, what a turn reads before it has set it, and changes, and where.
+class Turn(NamedTuple):
+    """What one turn of a loop does with names, which may have dots."""
 
-    Also what some turns only change, of what is read `behind` the loop. Names may have
-    dots. A loop inside is taken to have a turn at least.
-    """
+    exposed: set[str]  # read before they are set
+    changes: dict[str, list[Change]]
+    known: set[str]  # set in each turn that comes to its end
+
+
+def turn_of(loop: ast.For) -> Turn:
+    """What a turn does. A loop inside is taken to have a turn at least."""
     turn = _Turn()
-    known = turn.run(loop.body, set(_stored(loop.target)))
-    wanted = turn.exposed | (behind - (known or set()))
-    return {n: found for n, found in turn.changes.items() if n in wanted}
+    known = turn.assign(loop, [loop.target], loop.iter, set())
+    return Turn(turn.exposed, turn.changes, turn.run(loop.body, known) or set())
+
+
+def exposed_by(statements: Iterable[ast.stmt]) -> set[str]:
+    """The names that statements, in their order, read before they set them."""
+    turn = _Turn()
+    turn.run(statements, set())
+    return turn.exposed
 
 
 def assigned_by(node: ast.stmt) -> Known:
@@ -70,7 +78,10 @@ def _stored(target: ast.AST) -> Iterator[str]:
 
 def _whole(node: ast.expr) -> str:
     """The name of what this is a part of."""
-    return _whole(node.value) if isinstance(node, ast.Subscript) else dotted(node)
+    match node:
+        case ast.Subscript(inner) | ast.Call(ast.Attribute(inner, "setdefault")):
+            return _whole(inner)
+    return dotted(node)
 
 
 class _Turn:
@@ -91,21 +102,21 @@ class _Turn:
         match node:
             case ast.Assign(targets, value):
                 self._read(value, known)
-                return self._set(node, targets, value, known)
+                return self.assign(node, targets, value, known)
             case ast.AnnAssign(target, _, value) if value is not None:
                 self._read(value, known)
-                return self._set(node, [target], value, known)
+                return self.assign(node, [target], value, known)
             case ast.AugAssign(target, _, value):
                 self._read(value, known)
                 self._expose(_whole(target), known)
-                return self._set(node, [target], value, known, adds=True)
+                return self.assign(node, [target], value, known, adds=True)
             case ast.For(target, over, body) | ast.AsyncFor(target, over, body):
                 self._read(over, known)
-                within = self._set(node, [target], over, known)
+                within = self.assign(node, [target], over, known)
                 known = within | (self.run(body, within) or set())
                 return self.run(node.orelse, known)
             case ast.While(test, body, orelse):
-                self._read(test, known)
+                known = self._read(test, known)
                 self.run(body, known)
                 return self.run(orelse, known)
             case ast.If(test, body, orelse):
@@ -115,7 +126,7 @@ class _Turn:
                 for item in items:
                     self._read(item.context_expr, known)
                     if (entered := item.optional_vars) is not None:
-                        known = self._set(node, [entered], entered, known)
+                        known = self.assign(node, [entered], entered, known)
                 return self.run(body, known)
             case ast.Try(body, handlers, orelse, finalbody):
                 ways = [self.run(orelse, self.run(body, known))]
@@ -127,12 +138,9 @@ class _Turn:
             case ast.Return() | ast.Raise() | ast.Break() | ast.Continue():
                 self._read(node, known)
                 return None
-            case ast.Expr(ast.Call(ast.Attribute(owner, name))) if name in _CHANGING:
-                if whole := _whole(owner):
-                    self.changes.setdefault(whole, []).append(Change(node, None))
         return self._read(node, known)
 
-    def _set(
+    def assign(
         self,
         node: ast.stmt,
         targets: Iterable[ast.expr],
@@ -141,6 +149,7 @@ class _Turn:
         *,
         adds: bool = False,
     ) -> set[str]:
+        """Note what targets set; what is set behind them."""
         for target in targets:
             for name in _stored(target):
                 change = Change(node, value, adds)
@@ -159,9 +168,16 @@ class _Turn:
         own = {n.id for n in names if isinstance(n.ctx, ast.Store)}
         own |= {n.arg for n in inner if isinstance(n, ast.arg)}
         for one in inner:
-            if isinstance(one, ast.Name | ast.Attribute):
-                if isinstance(one.ctx, ast.Load):
+            match one:
+                case ast.Name(ctx=ast.Load()) | ast.Attribute(ctx=ast.Load()):
                     self._expose(dotted(one), known | own)
+                case ast.NamedExpr(ast.Name(name), value):
+                    for used in names_in(value):
+                        self._expose(used, known | own - named)
+                    self.changes.setdefault(name, []).append(Change(one, value))
+                case ast.Call(ast.Attribute(owner, name)) if name in _CHANGING:
+                    if whole := _whole(owner):
+                        self.changes.setdefault(whole, []).append(Change(one, None))
         return known | named
 
     def _expose(self, name: str, known: set[str]) -> None:

@@ -32,8 +32,10 @@ def left_behind(
     scope: ast.AST,
     loops: tuple[ast.For, ast.For],
     handled: Collection[str],
-) -> Iterator[str]:
-    """What is to be told of objects that a resume makes anew, by line.
+) -> Iterator[tuple[str, int, str]]:
+    """Objects that a resume makes anew, with their lines, and what is to be done.
+
+    Of those that are plain enough to be carried, that is "".
 
     Args:
         tree: the script.
@@ -57,8 +59,9 @@ def left_behind(
     set_again = {dotted(n) for n in ast.walk(loop) if _is_stored(n)}
     for name, (node, value) in {**made, **anew}.items():
         if name not in {*handled, *finder.saved, *set_again}:
-            if told := finder.judge(name, value, is_anew=name in anew):
-                yield f"line {node.lineno}: `{name}` begins anew at a resume: {told}"
+            told = finder.judge(name, value, is_anew=name in anew)
+            if told is not None:
+                yield name, node.lineno, told
 
 
 class _Finder:
@@ -69,43 +72,43 @@ class _Finder:
         self._classes = {node.name: node for node in nodes}
         self.saved = saved_by(tree)
 
-    def judge(self, name: str, value: ast.expr, *, is_anew: bool) -> str:
-        """What is to be done for it; "" if nothing is."""
+    def judge(self, name: str, value: ast.expr, *, is_anew: bool) -> str | None:
+        """What is to be done for it; "" to carry it, None if nothing is."""
         around = self._loop if is_anew else self._epoch
         path = path_of(value, self._origins)
         kinds = kinds_of(path)
         node = self._classes.get(path.removesuffix("()"))
         if node is None and (_LIVE.fullmatch(path) or kinds & _HANDLED):
-            return ""
+            return None
         if node is not None and not (self._bases(node) & _TRAINED):
             if self._bases(node) & _KNOWN:
-                return ""
+                return None
             if _changes_itself(node):
-                return _pass(name) if name in names_in(around) else ""
+                return _pass(name) if name in names_in(around) else None
             if not node.bases:
-                return ""
+                return None
         if "generator" in kinds:
-            return self._of_generator(name, path, around)
+            return _pass(name) if self._draws(name, around) else None
         stops = node is None and _STOPS.fullmatch(path) and name in names_in(around)
         if name not in changed_in(around) and not stops:
-            return ""
+            return None
         if name not in changed_in(self._loop) and self._is_reset(name):
-            return ""
+            return None
         if path.startswith("torch.optim."):
             return "prepare it with the others"
         if re.fullmatch(r"(.*\.)?[A-Z]\w*\(\)", path):
-            return f"{_pass(name)}; or see `session.notes`"
-        return "see `session.state`, and `session.notes`"
+            return _pass(name)
+        if "." not in name and re.fullmatch(r"((torch|numpy)\..*)?", path):
+            return ""  # an array, or a list of some
+        return f"{_pass(name)}, or name it in `carry`"
 
-    def _of_generator(self, name: str, path: str, around: ast.For) -> str:
+    def _draws(self, name: str, around: ast.For) -> bool:
+        """Whether a generator is drawn from, and not seeded again."""
         calls = [n for n in ast.walk(around) if isinstance(n, ast.Call)]
         given = [k.value for c in calls for k in c.keywords if k.arg == "generator"]
         owners = [c.func for c in calls if isinstance(c.func, ast.Attribute)]
         of_it = {owner.attr for owner in owners if dotted(owner.value) == name}
-        if name not in map(dotted, given) and not of_it - {"manual_seed", "set_state"}:
-            return ""
-        state = f"`{name}.get_state()`" if path.startswith("torch.") else "its state"
-        return f"keep {state} in `session.notes`, and set it before the loops"
+        return name in map(dotted, given) or bool(of_it - {"manual_seed", "set_state"})
 
     def _is_reset(self, name: str) -> bool:
         """Whether each epoch empties it, behind or before an evaluation."""

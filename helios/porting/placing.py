@@ -1,8 +1,11 @@
 """Where in a script its Session is made, and what it has to be told of."""
 
 import ast
+import inspect
+import re
 from collections.abc import Iterable, Iterator, Mapping
 
+from helios.handwritten import Session
 from helios.porting.carried import assigned_by, dotted, names_in
 from helios.porting.findings import kinds_of
 from helios.porting.nodes import calls_of
@@ -15,6 +18,7 @@ _SAVING = (
     "prepare_scheduler",
     "register_for_checkpointing",
 )
+_RESERVED = {"models", "optimizers", "schedulers", "registered"}
 
 
 class Places:
@@ -72,7 +76,8 @@ class Places:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
                 kinds = kinds_of(path_of(node.value, origins))
                 if kinds & {"scheduler", "stateful"}:
-                    for name in map(dotted, node.targets):
+                    for target in node.targets:
+                        name = dotted(target) or ast.unparse(target)
                         made.setdefault(name, []).append(node)
                 if "scheduler" in kinds:  # which saves those that it steps
                     saved |= _given(node.value)
@@ -85,6 +90,16 @@ class Places:
         others = [n for n in assigned if name in map(dotted, n.targets)]
         outer = self.outermost(made[0])
         return others == made and name in (assigned_by(outer) or ())
+
+
+def keyword_for(name: str, words: Iterable[str]) -> str:
+    """Under which name a Session gets an object, beside what is written already."""
+    arguments = inspect.signature(Session.__init__).parameters
+    taken = {*arguments, *_RESERVED, *(word.partition("=")[0] for word in words)}
+    keyword = re.sub(r"\W+", "_", name.rpartition(".")[2]).strip("_") or "part"
+    while keyword in taken:
+        keyword += "_"
+    return keyword
 
 
 def _prepares(node: ast.AST) -> bool:

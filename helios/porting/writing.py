@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 from helios.porting.keeping import Keeper
 from helios.porting.nodes import SKIP, calls_of, loader_of, name_of
-from helios.porting.placing import Places
+from helios.porting.placing import Places, keyword_for
 
-_WIDTH = 88  # of a line
+_WIDTHS = 88, 120  # of a line; where the script has longer ones, as these
 _REPLACED = {"save_state", "load_state"}
-_SUFFIXES = ("_dataloader", "_data_loader", "_loader", "_dl", "dataloader", "loader")
 
 
 class _Edit(NamedTuple):
@@ -57,6 +56,7 @@ class _Writer:
         self._starts = [0]
         for line in self._lines:
             self._starts.append(self._starts[-1] + len(line))
+        self._width = min(max(_WIDTHS[0], *map(len, text.splitlines())), _WIDTHS[1])
         self._tree = ast.parse(text)
         self._edits: list[_Edit] = []
         self._left: list[str] = []
@@ -79,13 +79,14 @@ class _Writer:
                 "loop over epochs, in the same function: see `helios.Session`"
             )
         loop, epoch = training[0], epochs[0]
-        names = self._names(loop.loader, [other.loader for other in loops])
-        self._insert_session(prepared[loop.loader], loop.node, names)
-        self._edit_epochs(epoch)
+        self._insert_session(prepared[loop.loader], loop)
+        scope = self._function(loop.node) or self._tree
+        keeper = Keeper(self._above, scope, (epoch, loop.node))
+        self._edit_epochs(epoch, keeper.keep())
+        self._left += keeper.left
         for other in loops:
-            self._replace(other.read, f'session.batches("{names[other.loader]}")')
+            self._replace(other.read, f"session.batches({other.loader})")
         self._edit_counts(loop.node)
-        self._keep_variables(epoch, loop.node)
         for name in sorted(_REPLACED):
             for call in calls_of(self._tree, name):
                 self._drop(call)
@@ -140,25 +141,11 @@ class _Writer:
             above = self._above.get(above)
         return above
 
-    def _names(self, training: str, others: list[str]) -> dict[str, str]:
-        """What the session is to call each loader."""
-        names = {training: "train"}
-        for loader in others:
-            short = loader.rpartition(".")[2]
-            for suffix in _SUFFIXES:
-                short = short.removesuffix(suffix)
-            if loader not in names:
-                taken = short in ("", *names.values())
-                names[loader] = f"loader_{len(names)}" if taken else short
-        return names
-
-    def _insert_session(
-        self, prepare: ast.stmt, loop: ast.For, names: dict[str, str]
-    ) -> None:
-        if self._function(prepare) is not self._function(loop):
+    def _insert_session(self, prepare: ast.stmt, loop: _Loop) -> None:
+        if self._function(prepare) is not self._function(loop.node):
             self._left.append(
-                f"line {loop.lineno}: the loop is in another function than `prepare`: "
-                "pass `session` to it"
+                f"line {loop.node.lineno}: the loop is in another function than "
+                "`prepare`: pass `session` to it"
             )
         if self._parent(prepare) is not None:
             self._left.append(
@@ -169,66 +156,83 @@ class _Writer:
         assert isinstance(prepare.value, ast.Call)
         caller = prepare.value.func
         owner = ast.unparse(caller.value) if isinstance(caller, ast.Attribute) else ""
-        pairs = ", ".join(f'"{name}": {loader}' for loader, name in names.items())
         # Behind them all: the session takes what is prepared, and registered.
-        places = Places(self._tree, self._above, loop)
+        places = Places(self._tree, self._above, loop.node)
         calls = calls_of(self._tree, "register_for_checkpointing")
         others = [*self._prepared().values(), *(self._above[c] for c in calls)]
         before = [node for node in others if isinstance(node, ast.stmt)]
-        registered = list[str]()
+        words = [owner, f'"{self._folder}"', f"loaders={loop.loader}", "save_every=500"]
         for name, made in places.unsaved().items():
+            word = f"{keyword_for(name, words)}={name}"
             is_near = places.scope(made[0]) is places.scope(prepare)
             if is_near and places.is_always_made(name, made):
-                registered.append(name)
+                words.append(word)
                 before += made
             else:
                 self._left.append(
-                    f"line {made[0].lineno}: `{name}` would not be saved: pass it to "
-                    f"`{owner}.register_for_checkpointing` before the session is made"
+                    f"line {made[0].lineno}: `{name}` would not be saved: make it "
+                    f"before the session, and pass it, as `{word}`"
                 )
         own = places.outermost(prepare)
         at = self._starts[places.last(own, before).end_lineno or 0]
         indent = " " * own.col_offset
-        text = f"{indent}loaders = {{{pairs}}}\n"
-        if registered:
-            names_of = ", ".join(registered)
-            text = f"{indent}{owner}.register_for_checkpointing({names_of})\n{text}"
-        given = f'{owner}, "{self._folder}", loaders=loaders, save_every=500'
-        line = f"{indent}session = helios.Session({given})\n"
-        if len(line) > _WIDTH + 1:
-            line = (
-                f"{indent}session = helios.Session(\n{indent}    {given}\n{indent})\n"
-            )
-        self._edits.append(_Edit(at, at, text + line))
+        line = self._folded(f"{indent}session = helios.Session", words)
+        self._edits.append(_Edit(at, at, f"{line}\n"))
 
-    def _edit_epochs(self, epoch: ast.For) -> None:
+    def _edit_epochs(self, epoch: ast.For, carried: list[str]) -> None:
+        """Have the loop be one over the session's epochs, which carry variables on."""
         over, total = epoch.iter, None
+        names = ", ".join(f'"{name}"' for name in carried)
+        added = [f"carry=[{names}]"] if carried else []
         if isinstance(over, ast.Call) and name_of(over.func) in ("range", "trange"):
             total = next(iter(over.args[1:2] or over.args), None)
         if total is None:
+            given = ", ".join(["number", *added])
             self._left.append(
                 f"line {epoch.lineno}: the loop over epochs must be one over "
-                "`session.epochs(number)`"
+                f"`session.epochs({given})`"
             )
             return
-        number = ast.get_source_segment(self._text, total)
-        self._replace(over, f"session.epochs({number})")
+        words = [str(ast.get_source_segment(self._text, total)), *added]
+        start = self._offset(over.lineno, over.col_offset)
+        head = self._text[self._starts[over.lineno - 1] : start]
+        text = self._folded(f"{head}session.epochs", words, end=":")
+        self._replace(over, text[len(head) :])
+
+    def _folded(self, head: str, words: list[str], end: str = "") -> str:
+        """A call, in as many lines as it needs; its last word may be a list."""
+        indent = " " * (len(head) - len(head.lstrip()))
+        text = f"{head}({', '.join(words)})"
+        if len(text + end) <= self._width:
+            return text
+        inner = f"{indent}    {', '.join(words)}"
+        if len(inner) <= self._width:
+            return f"{head}(\n{inner}\n{indent})"
+        lines = list[str]()
+        for word in words:
+            if len(word) + len(indent) + 5 > self._width and word.endswith("]"):
+                name, _, rest = word.partition("[")
+                items = rest.removesuffix("]").split(", ")
+                word = "\n        ".join([f"{name}[", *(f"{item}," for item in items)])
+                word = f"{word}\n    ]"
+            lines += f"    {word},".split("\n")
+        body = "".join(f"{indent}{line}\n" for line in lines)
+        return f"{head}(\n{body}{indent})"
 
     def _edit_counts(self, loop: ast.For) -> None:
         """Have the numbers of batches go on at a resume."""
+        done = "session.state.dataset_iter"
         match loop.iter:
             case ast.Call(name, [one], []) if name_of(name) == "enumerate":
                 end = self._offset(one.end_lineno or 0, one.end_col_offset or 0)
-                self._edits.append(_Edit(end, end, ", session.state.dataset_iter"))
-
-    def _keep_variables(self, epoch: ast.For, loop: ast.For) -> None:
-        """Have the loops' variables go on, too, or tell of them."""
-        scope = self._function(loop) or self._tree
-        keeper = Keeper(self._lines, self._above, scope, (epoch, loop))
-        keeper.keep()
-        for line, text in keeper.insertions:
-            self._edits.append(_Edit(self._starts[line], self._starts[line], text))
-        self._left += keeper.left
+                self._edits.append(_Edit(end, end, f", {done}"))
+            case ast.Call(name, [_, start], []) | ast.Call(
+                name, [_], [ast.keyword("start", start)]
+            ) if name_of(name) == "enumerate":
+                first = ast.get_source_segment(self._text, start)
+                if not isinstance(start, ast.Constant | ast.Name | ast.Attribute):
+                    first = f"({first})"
+                self._replace(start, done if first == "0" else f"{done} + {first}")
 
     def _drop(self, call: ast.Call) -> None:
         """Leave out a call that the session makes needless, if it stands alone."""

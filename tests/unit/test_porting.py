@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -642,16 +643,15 @@ def test_first_version_of_a_port_is_the_script_with_a_session():
     changes = {
         "from tqdm import tqdm\n": "from tqdm import tqdm\n\nimport helios\n",
         "for epoch in range(start, 9):\n": (
-            'loaders = {"train": train_loader, "eval": eval_dl}\n'
-            'session = helios.Session(accelerator, "runs/x", loaders=loaders, '
-            "save_every=500)\n"
+            "session = helios.Session("
+            'accelerator, "runs/x", loaders=train_loader, save_every=500)\n'
             "for epoch in session.epochs(9):\n"
         ),
         "tqdm(train_loader))": (
-            'tqdm(session.batches("train")), session.state.dataset_iter)'
+            "tqdm(session.batches(train_loader)), session.state.dataset_iter)"
         ),
         'accelerator.save_state("out")': "pass  # save_state: the session does it",
-        "for batch in eval_dl:": 'for batch in session.batches("eval"):',
+        "for batch in eval_dl:": "for batch in session.batches(eval_dl):",
     }
     expected = PORTED
     for old, new in changes.items():
@@ -678,11 +678,19 @@ BAR = """\
 @pytest.mark.parametrize(
     ("loop", "changes"),
     [
-        (ACTIVE, {"enumerate(active, 1)": 'enumerate(session.batches("train"), 1)'}),
+        (
+            ACTIVE,
+            {
+                "enumerate(active, 1)": (
+                    "enumerate(session.batches(train_loader), "
+                    "session.state.dataset_iter + 1)"
+                )
+            },
+        ),
         (
             BAR,
             {
-                "tqdm(train_loader": 'tqdm(session.batches("train")',
+                "tqdm(train_loader": "tqdm(session.batches(train_loader)",
                 "enumerate(bar)": "enumerate(bar, session.state.dataset_iter)",
             },
         ),
@@ -698,17 +706,30 @@ def test_training_loader_may_have_another_name_or_a_bar_around_it(loop, changes)
     assert loop in write_port(text, "runs/x").text
 
 
-def test_session_is_made_behind_what_is_registered_and_tells_of_counts():
+@pytest.mark.parametrize(
+    ("start", "count"),
+    [
+        ("", "session.state.dataset_iter"),
+        (", 0", "session.state.dataset_iter"),
+        (", first", "session.state.dataset_iter + first"),
+        (", 1 if a else 2", "session.state.dataset_iter + (1 if a else 2)"),
+        (", start=1", "start=session.state.dataset_iter + 1"),
+    ],
+)
+def test_numbers_of_batches_go_on_from_where_the_script_starts_them(start, count):
+    text = PORTED.replace("tqdm(train_loader)", f"train_loader{start}")
+    line = f"enumerate(session.batches(train_loader), {count}):"
+    assert line in write_port(text, "runs/x").text
+
+
+def test_session_is_made_behind_what_is_registered():
     text = PORTED.replace(
         "for epoch in", "accelerator.register_for_checkpointing(ema)\nfor epoch in"
-    ).replace("        if step % 9", "        done += 1\n        if step % 9")
+    )
     port = write_port(text, "runs/x")
     registered = port.text.index("accelerator.register_for_checkpointing(ema)\n")
     assert registered < port.text.index("helios.Session(")
-    assert port.left == [
-        "line 13: `done` begins anew at a resume: see `session.state`, and "
-        "`session.notes`"
-    ]
+    assert port.left == []
 
 
 def test_sessions_in_a_loop_need_folders_of_their_own():
@@ -725,7 +746,7 @@ def test_batches_that_were_skipped_are_skipped_by_the_session():
         "tqdm(train_loader)", "accelerator.skip_first_batches(train_loader, 3)"
     )
     port = write_port(text, "runs/x")
-    assert 'enumerate(session.batches("train"), session.state.dataset_iter)' in (
+    assert "enumerate(session.batches(train_loader), session.state.dataset_iter)" in (
         port.text
     )
 
@@ -736,25 +757,22 @@ def test_what_a_script_did_to_go_on_is_told():
     ).replace(
         "        if step % 9", "        skip_first_batches(a, 3)\n        if step % 9"
     )
-    text += "    n += 1\nfor x in []:\n    n += 1\n"
+    text += "    a.n += 1\nfor x in []:\n    a.n += 1\n"
     port = write_port(text, "runs/x")
     assert "    pass  # load_state: the session does it\n" in port.text
     line, behind = port.left  # in their order
-    assert behind.startswith("line 19: `n` begins anew")
+    assert behind.startswith("line 19: `a.n` begins anew")
     assert line.startswith("line 10: `load_state` is gone, and a path that is given")
     assert ", `skip_first_batches` in line 14; for old" in line
 
 
 def test_what_is_left_to_do_fits_a_terminal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = carrying(
-        "x = args.x\n", "    n = 0\n", "        n += loss\n", "    x = f(x)\n"
-    )
-    Path("train.py").write_text(text)
+    Path("train.py").write_text(carrying(end="    a.x = f(a.x)\n"))
     rows = run("--write", "train.py").output.splitlines()
     assert max(map(len, rows)) <= 80
-    assert rows[1].startswith("left to do: line 14: on several ranks `n` goes on")
-    assert rows[2] == "            all notes do: gather what is added to it"
+    assert rows[1].startswith("left to do: line 16: `a.x` begins anew at a resume")
+    assert rows[2] == "            it in `carry`; or pass its object to the session"
 
 
 @pytest.mark.parametrize(
@@ -807,146 +825,158 @@ def ported(*lines, **named):
     return write_port(carrying(*lines, **named), "runs/x")
 
 
-def added(port):
-    """The lines that are new in a port that changes no more than the first version."""
+def carry_of(port):
+    """The variables that a port carries, of which no other line is changed."""
+    found = re.search(r"\(9, carry=\[(.*)\]\):\n", port.text)
     own = {*PORTED.splitlines(), *ported().text.splitlines()}
-    return [
-        line for line in port.text.splitlines() if "notes" in line or line not in own
+    assert "notes" not in port.text
+    rest = [line for line in port.text.splitlines() if line not in own]
+    return found and found[1].replace('"', "").split(", "), [
+        line for line in rest if "epochs(9" not in line
     ]
 
 
-KEPT = {
-    "a best score": (
-        {"before": "best = float('inf')\n", "end": "    best = min(best, f())\n"},
-        [
-            "best = float('inf')",
-            'best = session.notes.get("best", best)',
-            "    best = min(best, f())",
-            '    session.notes["best"] = best',
-        ],
+# Lines before the epochs, at the start of each, in each batch, and behind the batches.
+CARRIED = {
+    "a best score": ("x = float('inf')\n", "", "", "    x = min(x, f())\n"),
+    "a counter of batches": ("x: int = 0\n", "", "        x += 1  # of all\n", ""),
+    "a history": ("x = []\n", "", "", "    x.append(\n        f()\n    )\n"),
+    "parts of a dict": ("x = dict()\n", "", "", "    x[epoch] = f()\n"),
+    "lists in a dict": ("x = {}\n", "", "", "    x.setdefault(1, []).append(f())\n"),
+    "a stack": ("x = [1]\n", "", "", "    y = x.pop()\n"),
+    "what some epochs set": ("x = ''\n", "", "", "    if f():\n        x = 1\nf(x)\n"),
+    "what some batches set": (
+        "",
+        "    x = 0\n",
+        "        if f():\n            x = 1\n",
+        "    print(x)\n",
     ),
-    "a counter of batches, whose value is read behind a comment": (
-        {"before": "n: int = 0\n", "step": "        n += 1  # of all\n"},
-        [
-            "n: int = 0",
-            'n = session.notes.get("n", n)',
-            "        n += 1  # of all",
-            '        session.notes["n"] = n',
-        ],
-    ),
-    "a history": (
-        {"before": "seen = []\n", "end": "    seen.append(\n        f()\n    )\n"},
-        [
-            "seen = []",
-            'seen = session.notes.get("seen", seen)',
-            "    seen.append(",
-            "        f()",
-            "    )",
-            '    session.notes["seen"] = seen',
-        ],
-    ),
-    "parts of a dict": (
-        {"before": "seen = dict()\n", "end": "    seen[epoch] = f()\n"},
-        [
-            "seen = dict()",
-            'seen = session.notes.get("seen", seen)',
-            "    seen[epoch] = f()",
-            '    session.notes["seen"] = seen',
-        ],
-    ),
-    "what some epochs set, and is read behind them all": (
-        {"before": "x = ''\n", "end": "    if f():\n        x = 'a'\nprint(x)\n"},
-        [
-            "x = ''",
-            'x = session.notes.get("x", x)',
-            "    if f():",
-            "        x = 'a'",
-            '        session.notes["x"] = x',
-            "print(x)",
-        ],
-    ),
-    "what some batches set, and is read behind them": (
-        {
-            "start": "    x = 0\n",
-            "step": "        if f():\n            x = 1\n",
-            "end": "    print(x)\n",
-        },
-        [
-            "    x = 0",
-            "    if session.state.dataset_iter:  # a resume has entered the epoch",
-            '        x = session.notes.get("x", x)',
-            '    session.notes["x"] = x',
-            "        if f():",
-            "            x = 1",
-            '            session.notes["x"] = x',
-            "    print(x)",
-        ],
-    ),
-    "the sum of an epoch": (
-        {"start": "    total = 0\n", "step": "        total += 1\n"},
-        [
-            "    total = 0",
-            "    if session.state.dataset_iter:  # a resume has entered the epoch",
-            '        total = session.notes.get("total", total)',
-            '    session.notes["total"] = total',
-            "        total += 1",
-            '        session.notes["total"] = total',
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", KEPT)
-def test_variables_of_the_loop_are_kept_in_the_notes(kind):
-    lines, expected = KEPT[kind]
-    port = ported(**lines)
-    assert (added(port), port.left) == (expected, [])
-
-
-@pytest.mark.parametrize(
-    ("value", "is_told"),
-    [("loss.detach()", True), ("len(batch)", True), ("accelerator.gather(n)", False)],
-)
-def test_sums_of_one_rank_are_told_of(value, is_told):
-    port = ported("", "    n = 0\n", f"        n += {value}\n")
-    assert 'session.notes["n"] = n' in port.text
-    told = (
-        "line 13: on several ranks `n` goes on as it is on the main one, as all notes "
-    )
-    assert port.left == [f"{told}do: gather what is added to it"] * is_told
-
-
-TOLD = {
+    "the sum of an epoch": ("", "    x = 0\n", "        x += 1\n", ""),
     "what the start of an epoch changes": ("x = 0\n", "    x += 1\n", "", ""),
     "what has no first value": ("", "", "        x += 1\n", ""),
     "what has one in some cases": ("if a:\n    x = 0\n", "", "", "    x += 1\n"),
     "what comes from elsewhere": ("x = args.x\n", "", "", "    x = f(x)\n"),
-    "what no checkpoint holds": (
+    "what shares its line": ("x = 0\n", "", "", "    if f(): x += 1\n"),
+    "what stands before another": ("x = 0\n", "", "", "    x += 1; f()\n"),
+    "what `with` surrounds": ("x = 0\n", "", "", "    with f():\n        x += 1\n"),
+    "the best weights": (
         "x = None\n",
         "",
         "",
-        "    print(x)\n    x = copy.deepcopy(model)\n",
+        "    f(x)\n    x = copy.deepcopy(model.state_dict())\n",
     ),
-    "an object": ("x = None\n", "", "", "    x = x or Meter()\n"),
-    "what shares its line": ("x = 0\n", "", "", "    if f(): x += 1\n"),
-    "what stands before another": ("x = 0\n", "", "", "    x += 1; f()\n"),
-    "an attribute": ("", "", "", "    self.x = min(self.x, f())\n"),
-    "a list that is an attribute": ("", "", "", "    self.x.append(f())\n"),
+    "an array": ("x = torch.zeros(3)\n", "", "        x[1] += 1\n", ""),
+    "an array in place": ("x = torch.zeros(3)\n", "", "        x.add_(1)\n", ""),
+    "what a first batch sets": ("", "", "        if f(x):\n            x = 1\n", ""),
+    "the last loss": ("", "", "        x = f()\n", "    print(x.item())\n"),
+    "the last loss of all": ("", "", "        x = f()\n", "print(x.item())\n"),
+    "the last result": ("x = 0\n", "", "", "    x = f()\nprint(x)\n"),
+    "what `:=` sets": ("x = 0\n", "", "", "    if (x := max(x, 1)) > 9: break\n"),
+    "what is drawn for an epoch": (
+        "",
+        "    x = torch.randn(3)\n",
+        "        f(x)\n",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CARRIED)
+def test_variables_of_the_loop_are_carried_and_nothing_else_is_changed(kind):
+    port = ported(*CARRIED[kind])
+    (names, rest), lines = carry_of(port), "".join(CARRIED[kind]).splitlines()
+    assert (names, port.left) == (["x"], [])
+    assert rest == [line for line in rest if line in lines]
+
+
+def test_number_of_the_last_batch_is_carried_for_what_is_behind_it():
+    assert carry_of(ported(end="    print(step)\n")) == (["step"], ["    print(step)"])
+
+
+def test_what_an_epoch_computes_from_a_carried_variable_is_carried():
+    lines = "n = 0\n", "    first = n\n", "        n += 1\n", "    print(n - first)\n"
+    assert carry_of(ported(*lines))[0] == ["n", "first"]
+
+
+def test_long_lists_of_variables_are_folded_as_a_formatter_does():
+    names = ["loss_of_all_batches", "best_accuracy", "epochs_without_it", "history_tot"]
+    for n_names, expected in (
+        (3, f'(\n    9, carry=["{names[0]}", "{names[1]}", "{names[2]}"]\n)'),
+        (
+            4,
+            f'(\n    9,\n    carry=["{names[0]}", "{names[1]}", "{names[2]}", '
+            f'"{names[3]}"],\n)',
+        ),
+    ):
+        used = names[:n_names]
+        before = "".join(f"{name} = 0\n" for name in used)
+        port = ported(before, end="".join(f"    {name} += 1\n" for name in used))
+        assert f"\nfor epoch in session.epochs{expected}:\n" in port.text
+    used = [f"{name}_{n}" for n in range(2) for name in names]
+    before = "".join(f"{name} = 0\n" for name in used)
+    port = ported(before, end="".join(f"    {name} += 1\n" for name in used))
+    rows = "".join(f'        "{name}",\n' for name in used)
+    expected = f"session.epochs(\n    9,\n    carry=[\n{rows}    ],\n):\n"
+    assert expected in port.text
+
+
+def test_lines_are_as_long_as_those_of_the_script():
+    comment = f"# {'a' * 108}\n"
+    text = carrying(
+        "best_of_all_the_epochs = 0\nn_bad_epochs_since_then = 0\n",
+        end=("    best_of_all_the_epochs += 1\n    n_bad_epochs_since_then += 1\n"),
+    )
+    line = (
+        "for epoch in session.epochs("
+        '9, carry=["best_of_all_the_epochs", "n_bad_epochs_since_then"]):\n'
+    )
+    assert line not in write_port(text, "runs/x").text
+    assert line in write_port(comment + text, "runs/x").text
+
+
+ATTRIBUTE = "make it a variable, and name it in `carry`; or pass its object to the "
+OBJECT = "make it before the session, and pass it, as `x=x`, if it has a state"
+TOLD = {
+    "a network": (
+        ("x = None\n", "", "", "    print(x)\n    x = copy.deepcopy(model)\n"),
+        OBJECT,
+    ),
+    "an object": (("x = None\n", "", "", "    x = x or Meter()\n"), OBJECT),
+    "what is asked as an object is": (
+        ("x = f()\n", "", "", "    x = x.best(f())\n"),
+        OBJECT,
+    ),
+    "an iterator": (
+        ("x = iter(a)\n", "", "", "    y = next(x)\n    x = iter(a)\n"),
+        "no checkpoint holds it; make it anew, by `session.state`",
+    ),
+    "an attribute": (
+        ("", "", "", "    self.x = min(self.x, f())\n"),
+        f"{ATTRIBUTE}session",
+    ),
+    "a list that is an attribute": (
+        ("", "", "", "    self.x.append(f())\n"),
+        f"{ATTRIBUTE}session",
+    ),
+    "the last output": (
+        ("", "", "        x = model(batch)\n", "    print(x.logits)\n"),
+        "a resume behind the loop has none; carry a plain value of it",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", TOLD)
-def test_variables_that_are_not_kept_are_told_of(kind):
-    port = ported(*TOLD[kind])
-    name = "self.x" if "self" in "".join(TOLD[kind]) else "x"
-    rows = enumerate(carrying(*TOLD[kind]).splitlines(), 1)
+def test_variables_that_are_not_carried_are_told_of(kind):
+    lines, advice = TOLD[kind]
+    port = ported(*lines)
+    name = "self.x" if "self" in "".join(lines) else "x"
+    rows = enumerate(carrying(*lines).splitlines(), 1)
     loop = [(n, row) for n, row in rows if n > 9 and row.startswith("  ")]
     changing = [n for n, row in loop if re.search(r"x( \+?= |\.append)", row)]
     assert port.left == [
-        f"line {changing[-1]}: `{name}` begins anew at a resume: see `session.state`, "
-        "and `session.notes`"
+        f"line {changing[-1]}: `{name}` begins anew at a resume: {advice}"
     ]
-    assert "notes" not in port.text
+    assert "carry" not in port.text
 
 
 STOPPER = """\
@@ -984,13 +1014,15 @@ def test_objects_that_are_saved_or_not_used_are_left_alone(base, method, end):
 
 
 NOT_CARRIED = [
-    ("loss = None\n", "", "        loss = f()\n", "    print(loss)\n"),
-    ("", "", "        loss = f()\n        loss += 1\n", "    print(loss)\n"),
+    ("loss = None\n", "", "        loss = f()\n        print(loss)\n", ""),
+    ("", "", "        x = f()\n", "    x = 1\n    print(x)\n"),
+    ("", "    bar = tqdm(9)\n", "        bar.update(1)\n", "    bar.close()\n"),
+    ("", "    x = f()\n", "        g(x)\n", "    g(x)\n"),
+    ("", "", "", "    for batch in eval_dl:\n        print(batch)\n"),
+    ("", "", "", "    model = model.train()\n"),
     ("", "    found = []\n", "", "    found.append(f())\n    print(found)\n"),
     ("best = 0\n", "", "", "    print(best)\n"),
-    ("x = 0\n", "", "", "    x = f()\nprint(x)\n"),
     ("x = 0\n", "", "", "    if f():\n        x = 1\nx = 2\n"),
-    ("", "", "        if f(step):\n            x = 1\n        print(x)\n", ""),
     ("bar = tqdm(9)\n", "", "        bar.update(1)\n", ""),
     ("x = 0\n", "", "", "    print([x for x in f()])\n    x = 1\n"),
     ("x = 0\n", "", "", "    if f():\n        continue\n    x = 1\n    print(x)\n"),
@@ -1009,16 +1041,34 @@ NOT_CARRIED = [
 @pytest.mark.parametrize("lines", NOT_CARRIED)
 def test_what_each_turn_sets_anew_is_left_alone(lines):
     port = ported(*lines)
-    assert ("notes" in port.text, port.left) == (False, [])
+    assert ("carry" in port.text, port.left) == (False, [])
 
 
-def test_variables_of_functions_around_the_loop_are_told_of():
+def within(start, end, before=""):
+    """A port of the script in a function, with more behind its batches."""
     head, _, rest = PORTED.partition("accelerator = ")
     lines = [f"    {line}\n" for line in f"accelerator = {rest}".splitlines()]
+    return write_port(f"{head}{before}{start}{''.join(lines)}{end}", "runs/x")
+
+
+def test_parameters_and_variables_of_functions_around_are_carried():
+    port = within("def main(x=0, seen=None):\n", "        x += 1; seen.append(x)\n")
+    assert 'session.epochs(9, carry=["x", "seen"])' in port.text
     end = "        x = max(x, f())\n"
-    for start in "def main(x=0):\n", "def main():\n    global x\n":
-        port = write_port(f"{head}{start}{''.join(lines)}{end}", "runs/x")
-        assert ["`x` begins anew" in line for line in port.left] == [True]
+    outer = "def main(x):\n  def train():\n    nonlocal x\n"
+    port = within(outer, end)
+    assert ('session.epochs(9, carry=["x"])' in port.text, port.left) == (True, [])
+
+
+@pytest.mark.parametrize("end", ["x = max(x, f())", "x.append(f())", "x[0] = f()"])
+def test_variables_of_the_module_are_told_of_in_a_function(end):
+    start = f"def main():\n{'    global x' if 'max' in end else ''}\n"
+    port = within(start, f"        {end}\n", before="x = [0]\n")
+    told = "make it a variable of the function, and name it in `carry`"
+    assert [line.partition(": ")[2] for line in port.left] == [
+        f"`x` begins anew at a resume: {told}"
+    ]
+    assert "carry" not in port.text
 
 
 IF_ELSE = """\
@@ -1029,7 +1079,7 @@ elif g():
 else:
     train_loader = accelerator.prepare(DataLoader(other))
 """
-MADE = 'loaders = {"train": train_loader'
+MADE = "session = helios.Session("
 
 
 def test_session_is_made_behind_all_branches_that_prepare():
@@ -1064,12 +1114,12 @@ SCHEDULERS = {
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_scheduler_that_nobody_saves_is_registered(kind):
+def test_scheduler_that_nobody_saves_is_passed(kind):
     line, call = SCHEDULERS[kind]
     text = f"{line}{PORTED}".replace("for epoch in", f"s = {call}\nfor epoch in")
     port = write_port(text, "runs/x")
-    made = f"s = {call}\naccelerator.register_for_checkpointing(s)\n{MADE}"
-    assert (made in port.text, port.left) == (True, [])
+    assert f"s = {call}\n{MADE}" in port.text
+    assert ("save_every=500, s=s" in port.text, port.left) == (True, [])
 
 
 MAKE = "torch.optim.lr_scheduler.StepLR(opt, 3)"
@@ -1084,17 +1134,39 @@ MAKE = "torch.optim.lr_scheduler.StepLR(opt, 3)"
         f"s = {MAKE}\naccelerator.register_for_checkpointing(s)\n",
     ],
 )
-def test_scheduler_that_is_saved_is_not_registered_again(lines):
+def test_scheduler_that_is_saved_is_not_passed_again(lines):
     port = write_port(PORTED.replace("for epoch in", f"{lines}for epoch in"), "runs/x")
-    count = port.text.count("register_for_checkpointing")
-    assert (count, port.left) == (lines.count("register_for_checkpointing"), [])
+    assert ("save_every=500)\n" in port.text, port.left) == (True, [])
 
 
 def test_schedulers_that_another_one_steps_are_saved_by_that():
     chain = "torch.optim.lr_scheduler.SequentialLR(opt, schedulers=[s], milestones=[])"
     lines = f"s = {MAKE}\nt = {chain}\n"
     port = write_port(PORTED.replace("for epoch in", f"{lines}for epoch in"), "runs/x")
-    assert "\naccelerator.register_for_checkpointing(t)\n" in port.text
+    assert "save_every=500, t=t" in port.text
+    assert "s=s" not in port.text
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("self.scheduler", "scheduler=self.scheduler"),
+        ("path", "path_=path"),
+        ("schedulers", "schedulers_=schedulers"),
+        ("registered", "registered_=registered"),
+        ("loaders", "loaders_=loaders"),
+    ],
+)
+def test_objects_are_passed_under_names_that_a_session_does_not_have(name, word):
+    lines = f"{name} = {MAKE}\n"
+    port = write_port(PORTED.replace("for epoch in", f"{lines}for epoch in"), "runs/x")
+    assert (re.search(rf"\b{word}\b", port.text) is None, port.left) == (False, [])
+
+
+def test_two_objects_of_one_last_name_get_two_names():
+    lines = f"a.s = {MAKE}\nb.s = {MAKE}\n"
+    port = write_port(PORTED.replace("for epoch in", f"{lines}for epoch in"), "runs/x")
+    assert "save_every=500, s=a.s, s_=b.s" in port.text
 
 
 @pytest.mark.parametrize(
@@ -1105,16 +1177,54 @@ def test_scheduler_that_may_not_be_there_is_told_of(lines):
     port = write_port(text, "runs/x")
     number = text[: text.index(MAKE)].count("\n") + 1
     assert port.left == [
-        f"line {number}: `s` would not be saved: pass it to "
-        "`accelerator.register_for_checkpointing` before the session is made"
+        f"line {number}: `s` would not be saved: make it before the session, and pass "
+        "it, as `s=s`"
     ]
-    assert "register_for" not in port.text
+    assert "s=s" not in port.text
 
 
-def test_scheduler_that_each_branch_makes_is_registered_behind_them():
+def test_scheduler_that_each_branch_makes_is_passed_behind_them():
     lines = f"if f():\n    s = {MAKE}\nelse:\n    s = {MAKE}\n"
     port = write_port(PORTED.replace("for epoch in", f"{lines}for epoch in"), "runs/x")
-    assert f"{lines}accelerator.register_for_checkpointing(s)\n" in port.text
+    assert f"{lines}{MADE}" in port.text
+    assert "save_every=500, s=s" in port.text
+
+
+KINDS = re.compile("epoch|means of epoch|final|weights")
+STOPPING = """\
+            if str(session.state.global_iteration) in sys.argv[1:]:
+                session.request_stop("the test")
+"""
+
+
+@pytest.mark.slow
+def test_port_ends_alike_wherever_it_is_stopped_and_when_it_is_started_again(tmp_path):
+    original = CARRYING.read_text()
+    step = "            scheduler.step()\n"
+    text = write_port(original, "runs/x").text.replace(step, step + STOPPING)
+    for name, script in (("original", original), ("port", f"import sys\n{text}")):
+        (tmp_path / f"{name}.py").write_text(script)
+
+    def rows(name, stop, code):
+        done = subprocess.run(
+            [sys.executable, f"{name}.py", str(stop)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == code, done.stderr
+        return [row for row in done.stdout.splitlines() if KINDS.match(row)]
+
+    expected = rows("original", "", 0)
+    found = []
+    # Within an epoch, and behind the last batch of one, and of all.
+    for stop in (2, 4, 6, 14):
+        found += rows("port", stop, 75)
+    found += rows("port", "", 0)
+    assert found == expected
+    assert rows("port", "", 0) == expected[-2:]  # it is finished
 
 
 @pytest.mark.slow
@@ -1122,9 +1232,7 @@ def test_variables_and_schedulers_of_a_port_go_on_at_a_resume(tmp_path, monkeypa
     script = tmp_path / "train.py"
     script.write_text(CARRYING.read_text())
     done = CliRunner().invoke(main, ["port", "--write", str(script)])
-    left = [row for row in done.output.splitlines() if row.startswith("left to do")]
-    names = [re.search(r": on several ranks `(\w+)` ", row)[1] for row in left]
-    assert names == ["total", "losses", "mean"]
+    assert "left to do" not in done.output
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # Within an epoch, behind its last batch, and behind one that changes less.
@@ -1136,11 +1244,11 @@ def test_variables_and_schedulers_of_a_port_go_on_at_a_resume(tmp_path, monkeypa
     printed = subprocess.run(
         [sys.executable, script], capture_output=True, text=True, check=True, timeout=60
     ).stdout.splitlines()
-    assert len(printed) == 6
+    assert len(printed) == 8
     for kind in "whole", "parts":
         logs = sorted((tmp_path / "kept" / kind).glob("*.log"))
         rows = [row for log in logs for row in log.read_text().splitlines()]
-        assert [row for row in rows if re.match(r"(means of )?epoch", row)] == printed
+        assert [row for row in rows if KINDS.match(row)] == printed
 
 
 @pytest.mark.slow

@@ -58,23 +58,17 @@ def stopper(check="self.n += 1", base="", more=""):
     return COUNTER.format(check=check, base=base, more=more)
 
 
-NOTES = "see `session.state`, and `session.notes`"
 PASS = "pass it to the session, as `x=x`"
-STATE = "in `session.notes`, and set it before the loops"
-MAY = f"{PASS}; or see `session.notes`"
+EITHER = f"{PASS}, or name it in `carry`"
+MOVE = "make it a variable of the function, and name it in `carry`"
 # What makes `x`, where, what changes it, where, and what is told.
 CHANGED = [
-    ("np.zeros(24)", "before", "x[step] = 1", "step", NOTES),
-    ("torch.zeros(2)", "before", "x[0] += 1", "end", NOTES),
-    ("torch.zeros(2)", "before", "x.add_(loss)", "step", NOTES),
-    ("torch.zeros(2)", "module", "x.data.add_(loss)", "step", NOTES),
-    ("{k: v for k, v in f()}", "before", "x[k].mul_(0.9).add_(v)", "step", NOTES),
-    ("[p.clone() for p in f()]", "before", "x[0].lerp_(v, 0.1)", "step", NOTES),
-    ("make_meter()", "before", "x.update(loss)", "step", NOTES),
-    ("AverageMeter()", "before", "x.update(loss)", "step", MAY),
-    ("AverageMeter()", "module", "x.update(loss)", "step", MAY),
-    ("AverageMeter()", "start", "x.update(loss)", "step", MAY),
-    ("EarlyStopping()", "before", "if x(loss): break", "end", MAY),
+    ("torch.zeros(2)", "module", "x.data.add_(loss)", "step", MOVE),
+    ("make_meter()", "before", "x.update(loss)", "step", EITHER),
+    ("AverageMeter()", "before", "x.update(loss)", "step", PASS),
+    ("AverageMeter()", "module", "x.update(loss)", "step", PASS),
+    ("AverageMeter()", "start", "x.update(loss)", "step", PASS),
+    ("EarlyStopping()", "before", "if x(loss): break", "end", PASS),
     (
         "torch.optim.SGD(other)",
         "before",
@@ -87,15 +81,9 @@ CHANGED = [
         "before",
         "z = torch.randn(3, generator=x)",
         "step",
-        f"keep `x.get_state()` {STATE}",
+        PASS,
     ),
-    (
-        "np.random.default_rng(1)",
-        "before",
-        "z = x.normal()",
-        "end",
-        f"keep its state {STATE}",
-    ),
+    ("np.random.default_rng(1)", "before", "z = x.normal()", "end", PASS),
 ]
 
 
@@ -104,6 +92,23 @@ def test_objects_that_change_in_the_loops_are_told_of(case):
     value, place, change, where, expected = case
     found = told(**{place: f"x = {value}", where: change})
     assert found == {f"x = {value}": f"`x` begins anew at a resume: {expected}"}
+
+
+@pytest.mark.parametrize(
+    ("value", "change", "where"),
+    [
+        ("np.zeros(24)", "x[step] = 1", "step"),
+        ("torch.zeros(2)", "x[0] += 1", "end"),
+        ("torch.zeros(2)", "x.add_(loss)", "step"),
+        ("torch.zeros(2)", "x.data.add_(loss)", "step"),
+        ("{k: v for k, v in f()}", "x[k].mul_(0.9).add_(v)", "step"),
+        ("[p.clone() for p in f()]", "x[0].lerp_(v, 0.1)", "step"),
+    ],
+)
+def test_arrays_that_change_in_the_loops_are_carried(value, change, where):
+    lines = {"before": f"x = {value}", where: change}
+    port = write_port(script(**lines), "runs/x")
+    assert ('session.epochs(9, carry=["x"])' in port.text, port.left) == (True, [])
 
 
 @pytest.mark.parametrize("place", ["module", "before"])
@@ -200,19 +205,19 @@ def test_what_is_saved_or_begins_anew_anyway_is_not_told_of(kind):
         "torch.cuda.amp.GradScaler()",
     ],
 )
-def test_objects_of_torch_with_a_state_are_registered(made):
+def test_objects_of_torch_with_a_state_are_passed(made):
     lines = {"before": f"x = {made}", "step": "x.step(); x.update_parameters(model)"}
     port = write_port(script(**lines), "runs/x")
     assert port.left == []
-    line = "    accelerator.register_for_checkpointing(x)\n    loaders = "
-    assert f"    x = {made}\n{line}" in port.text
+    assert f"    x = {made}\n    session = helios.Session(" in port.text
+    assert "save_every=500, x=x" in port.text
 
 
 def test_averaged_model_of_the_module_is_told_of():
     found = told(module="x = AveragedModel(model)", step="x.update_parameters(model)")
-    assert ["would not be saved: pass it to" in what for what in found.values()] == [
-        True
-    ]
+    assert [
+        "would not be saved: make it before" in what for what in found.values()
+    ] == [True]
 
 
 @pytest.mark.parametrize(
