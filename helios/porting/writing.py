@@ -85,6 +85,8 @@ class _Writer:
         self._edit_epochs(epoch, keeper.keep())
         self._left += keeper.left
         for other in loops:
+            if other is not loop:
+                self._tell_of_reach(prepared[loop.loader], other.node)
             self._replace(other.read, f"session.batches({other.loader})")
         self._edit_counts(loop.node)
         for name in sorted(_REPLACED):
@@ -178,6 +180,15 @@ class _Writer:
         indent = " " * own.col_offset
         line = self._folded(f"{indent}session = helios.Session", words)
         self._edits.append(_Edit(at, at, f"{line}\n"))
+
+    def _tell_of_reach(self, prepare: ast.stmt, loop: ast.For) -> None:
+        """Tell of a loop in a function that does not see the session."""
+        scope, own = self._function(prepare), self._function(loop)
+        while own is not None and own is not scope:
+            own = self._function(own)
+        if own is not scope:
+            name = getattr(self._function(loop), "name", "the script")
+            self._left.append(f"line {loop.lineno}: pass `session` to `{name}`")
 
     def _edit_epochs(self, epoch: ast.For, carried: list[str]) -> None:
         """Have the loop be one over the session's epochs, which carry variables on."""

@@ -741,6 +741,14 @@ def test_sessions_in_a_loop_need_folders_of_their_own():
     ]
 
 
+def test_functions_that_read_a_loader_and_do_not_see_the_session_are_told_of():
+    text = "def check(eval_dl):\n    for batch in eval_dl:\n        f(batch)\n"
+    assert write_port(text + PORTED, "runs/x").left == []
+    inside = "".join(f"    {line}\n" for line in PORTED.splitlines())
+    port = write_port(f"{text}def main():\n{inside}", "runs/x")
+    assert port.left == ["line 2: pass `session` to `check`"]
+
+
 def test_batches_that_were_skipped_are_skipped_by_the_session():
     text = PORTED.replace(
         "tqdm(train_loader)", "accelerator.skip_first_batches(train_loader, 3)"
