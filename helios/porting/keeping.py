@@ -45,11 +45,13 @@ class Keeper:
             (self._loop, turn_of(self._loop), inside),
         ]
         for loop, turn, later in turns:
-            for name in turn.changes.keys() & (turn.exposed | (later - turn.known)):
+            for name in sorted(
+                turn.changes.keys() & (turn.exposed | later - turn.known)
+            ):
                 if name.partition(".")[0] not in self._saved:
                     self._judge(name, turn.changes[name], loop)
         for _, turn, later in turns:
-            for name in turn.changes.keys() & later:
+            for name in sorted(turn.changes.keys() & later):
                 self._judge_last(name, turn.changes[name])
         self._judge_first()
         loops = self._epoch, self._loop
@@ -74,9 +76,8 @@ class Keeper:
             is_set |= any(change.adds for change in changes) or name in values.given
             if not is_set and "." not in name:
                 # The first turn sets it before it reads it.
-                self._carried |= (
-                    {name} if may_be_plain and values.is_own(name) else set()
-                )
+                if may_be_plain and values.is_own(name):
+                    self._carried.add(name)
                 return
         if "." in name:
             told = "make it a variable, and name it in `carry`; or pass its object to "

@@ -1,11 +1,9 @@
 """Where in a script its Session is made, and what it has to be told of."""
 
 import ast
-import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
-from helios.handwritten import Session
 from helios.porting.carried import assigned_by, dotted, names_in
 from helios.porting.findings import kinds_of
 from helios.porting.nodes import calls_of
@@ -18,7 +16,13 @@ _SAVING = (
     "prepare_scheduler",
     "register_for_checkpointing",
 )
-_RESERVED = {"models", "optimizers", "schedulers", "registered"}
+# The names of a Session's arguments, and of what it adds to its objects.
+_TAKEN = re.compile(
+    "self|accelerator|path|loaders|save_every|log_every|resume|random_seed|keep_last"
+    "|keep_every|keep_best|chkpt_interval_s|async_save|allow_inexact|hang_timeout_s"
+    "|bad_numbers|crash_bundle|max_time_s|stop_grace_s|enable_tensorboard|callbacks"
+    "|models|optimizers|schedulers|registered"
+)
 
 
 class Places:
@@ -94,10 +98,9 @@ class Places:
 
 def keyword_for(name: str, words: Iterable[str]) -> str:
     """Under which name a Session gets an object, beside what is written already."""
-    arguments = inspect.signature(Session.__init__).parameters
-    taken = {*arguments, *_RESERVED, *(word.partition("=")[0] for word in words)}
+    written = {word.partition("=")[0] for word in words}
     keyword = re.sub(r"\W+", "_", name.rpartition(".")[2]).strip("_") or "part"
-    while keyword in taken:
+    while keyword in written or _TAKEN.fullmatch(keyword):
         keyword += "_"
     return keyword
 

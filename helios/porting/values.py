@@ -38,7 +38,7 @@ class Values:
         self._nodes = self._scopes[scope][0]
         self._global = self._declared(ast.Global)
         #: What has a value from its beginning, or from elsewhere.
-        self.given = _arguments_of(scope) | self._declared(ast.Nonlocal)
+        self.given = self._declared(ast.Nonlocal) | self._global | _arguments_of(scope)
         # What loops and `with` give, but for numbers.
         self._entered = set[str]()
         for node in self._nodes:

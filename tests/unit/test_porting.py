@@ -16,6 +16,7 @@ from click.testing import CliRunner
 import helios
 from helios.cli import main
 from helios.porting import TRAPS, USES, read_script
+from helios.porting.placing import keyword_for
 from helios.porting.writing import write_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -1068,6 +1069,13 @@ def test_parameters_and_variables_of_functions_around_are_carried():
     assert ('session.epochs(9, carry=["x"])' in port.text, port.left) == (True, [])
 
 
+def test_parameters_that_are_objects_are_told_of():
+    port = within("def main(x):\n", "        x = x.best(f())\n")
+    assert [line.partition(": ")[2] for line in port.left] == [
+        f"`x` begins anew at a resume: {OBJECT}"
+    ]
+
+
 @pytest.mark.parametrize("end", ["x = max(x, f())", "x.append(f())", "x[0] = f()"])
 def test_variables_of_the_module_are_told_of_in_a_function(end):
     start = f"def main():\n{'    global x' if 'max' in end else ''}\n"
@@ -1169,6 +1177,12 @@ def test_objects_are_passed_under_names_that_a_session_does_not_have(name, word)
     lines = f"{name} = {MAKE}\n"
     port = write_port(PORTED.replace("for epoch in", f"{lines}for epoch in"), "runs/x")
     assert (re.search(rf"\b{word}\b", port.text) is None, port.left) == (False, [])
+
+
+def test_no_argument_of_a_session_is_the_name_of_an_object():
+    names = set(inspect.signature(helios.Session.__init__).parameters) - {"objects"}
+    names |= {"models", "optimizers", "schedulers", "registered"}
+    assert {keyword_for(name, []) for name in names} == {f"{name}_" for name in names}
 
 
 def test_two_objects_of_one_last_name_get_two_names():
