@@ -78,10 +78,7 @@ def _stored(target: ast.AST) -> Iterator[str]:
 
 def _whole(node: ast.expr) -> str:
     """The name of what this is a part of."""
-    match node:
-        case ast.Subscript(inner) | ast.Call(ast.Attribute(inner, "setdefault")):
-            return _whole(inner)
-    return dotted(node)
+    return _whole(node.value) if isinstance(node, ast.Subscript) else dotted(node)
 
 
 class _Turn:

@@ -25,12 +25,14 @@ class Keeper:
         above: Mapping[ast.AST, ast.AST],
         scope: ast.AST,
         loops: tuple[ast.For, ast.For],
+        passed: set[str],
     ) -> None:
+        """`passed` has the names of what the Session's call gets."""
         self._above, self._scope = above, scope
         self._epoch, self._loop = loops
         *_, tree = self._ancestors(self._loop)
         assert isinstance(tree, ast.Module)
-        self._tree, self._saved = tree, saved_by(tree)
+        self._tree, self._saved = tree, saved_by(tree) | passed
         self._values = Values(scope, self._ancestors(scope))
         self._carried = set[str]()
         self._told = set[str]()

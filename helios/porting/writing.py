@@ -79,9 +79,9 @@ class _Writer:
                 "loop over epochs, in the same function: see `helios.Session`"
             )
         loop, epoch = training[0], epochs[0]
-        self._insert_session(prepared[loop.loader], loop)
+        passed = self._insert_session(prepared[loop.loader], loop)
         scope = self._function(loop.node) or self._tree
-        keeper = Keeper(self._above, scope, (epoch, loop.node))
+        keeper = Keeper(self._above, scope, (epoch, loop.node), passed)
         self._edit_epochs(epoch, keeper.keep())
         self._left += keeper.left
         for other in loops:
@@ -143,7 +143,8 @@ class _Writer:
             above = self._above.get(above)
         return above
 
-    def _insert_session(self, prepare: ast.stmt, loop: _Loop) -> None:
+    def _insert_session(self, prepare: ast.stmt, loop: _Loop) -> set[str]:
+        """Make it, and return the names of what it is passed."""
         if self._function(prepare) is not self._function(loop.node):
             self._left.append(
                 f"line {loop.node.lineno}: the loop is in another function than "
@@ -164,11 +165,13 @@ class _Writer:
         others = [*self._prepared().values(), *(self._above[c] for c in calls)]
         before = [node for node in others if isinstance(node, ast.stmt)]
         words = [owner, f'"{self._folder}"', f"loaders={loop.loader}", "save_every=500"]
+        passed = set[str]()
         for name, made in places.unsaved().items():
             word = f"{keyword_for(name, words)}={name}"
             is_near = places.scope(made[0]) is places.scope(prepare)
             if is_near and places.is_always_made(name, made):
                 words.append(word)
+                passed.add(name)
                 before += made
             else:
                 self._left.append(
@@ -180,6 +183,7 @@ class _Writer:
         indent = " " * own.col_offset
         line = self._folded(f"{indent}session = helios.Session", words)
         self._edits.append(_Edit(at, at, f"{line}\n"))
+        return passed
 
     def _tell_of_reach(self, prepare: ast.stmt, loop: ast.For) -> None:
         """Tell of a loop in a function that does not see the session."""

@@ -988,6 +988,14 @@ def test_variables_that_are_not_carried_are_told_of(kind):
     assert "carry" not in port.text
 
 
+def test_a_last_batch_is_not_carried_as_it_may_be_of_any_kind():
+    head, _, _ = PORTED.partition("    for batch in eval_dl")
+    port = write_port(f"{head}    print(batch)\n", "runs/x")
+    told = "a resume behind the loop has none; carry a plain value of it"
+    assert port.left == [f"line 10: `batch` begins anew at a resume: {told}"]
+    assert "carry" not in port.text
+
+
 STOPPER = """\
 class Stopper{}:
     def __init__(self):

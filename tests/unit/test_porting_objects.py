@@ -213,6 +213,11 @@ def test_objects_of_torch_with_a_state_are_passed(made):
     assert "save_every=500, x=x" in port.text
 
 
+def test_attributes_of_objects_that_are_passed_are_not_told_of():
+    assert told(before="x = SWALR(optimizer, 0.1)", step="x.n += 1") == {}
+    assert len(told(before="x = f()", step="x.n += 1")) == 1
+
+
 def test_averaged_model_of_the_module_is_told_of():
     found = told(module="x = AveragedModel(model)", step="x.update_parameters(model)")
     assert [
