@@ -164,7 +164,7 @@ class _Writer:
         calls = calls_of(self._tree, "register_for_checkpointing")
         others = [*self._prepared().values(), *(self._above[c] for c in calls)]
         before = [node for node in others if isinstance(node, ast.stmt)]
-        words = [owner, f'"{self._folder}"', f"loaders={loop.loader}", "save_every=500"]
+        words = [owner, f'"{self._folder}"', loop.loader, "save_every=500"]
         passed = set[str]()
         for name, made in places.unsaved().items():
             word = f"{keyword_for(name, words)}={name}"

@@ -645,7 +645,7 @@ def test_first_version_of_a_port_is_the_script_with_a_session():
         "from tqdm import tqdm\n": "from tqdm import tqdm\n\nimport helios\n",
         "for epoch in range(start, 9):\n": (
             "session = helios.Session("
-            'accelerator, "runs/x", loaders=train_loader, save_every=500)\n'
+            'accelerator, "runs/x", train_loader, save_every=500)\n'
             "for epoch in session.epochs(9):\n"
         ),
         "tqdm(train_loader))": (
