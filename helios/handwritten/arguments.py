@@ -11,6 +11,7 @@ from typing import Any
 from helios.arguments import check_faults
 from helios.callbacks.base import Callback
 from helios.checkpoint import Encoder
+from helios.data.adopting import check_loader
 from helios.engine import Accelerator
 from helios.errors import UnstorableError
 from helios.handwritten.faults import POLICIES
@@ -42,6 +43,13 @@ def check_arguments(
             '`loaders` must be a DataLoader, or a dict of them with "train", which is '
             f"trained on; got {has!r}"
         )
+    for name, loader in loaders.items():
+        check_loader(loader, f"loaders[{name!r}]")
+        if twice := [n for n, one in loaders.items() if n != name and one is loader]:
+            raise ValueError(
+                f"`loaders` has one loader as {name!r} and as {twice[0]!r}, and it can "
+                "only be read in one place; make one for each"
+            )
     for name in ("save_every", "log_every"):
         value, word = given[name], ' or "epoch"' if name == "save_every" else ""
         is_word = value == "epoch" and bool(word)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 
-from helios import rng
+from helios import fingerprint, rng
 from helios.data.adopting import AdoptedLoader, adopt, check_loader
 from helios.data.datamodule import DataModule, Dataset, DatasetSplit
 from helios.data.packages import is_stream
@@ -165,6 +165,10 @@ class Loaders(DataModule):
             self._streams[name] = made.plan.streams
         return self._made[name]
 
+    def length(self, name: str) -> int:
+        """The batches of the user's loader on this rank; a TypeError for a stream."""
+        return len(self._given[name])
+
     def count(self, name: str) -> int:
         """How often a loader was read before, counting this time from now on."""
         self._counts[name] = self._counts.get(name, -1) + 1
@@ -184,6 +188,14 @@ class Loaders(DataModule):
         self, data: Dataset | None, split: DatasetSplit, phase: int = 0
     ) -> tuple[AdoptedLoader, None] | None:
         return None if data is None else (self.open(TRAIN), None)
+
+
+def check_ranks(session: Any) -> None:
+    """Raise a LaunchError where the ranks do not run the same; all must call."""
+    facts = {**vars(session.schedule), **session.identity["train_data"]}
+    facts |= {"objects": sorted(session._held.objects)}
+    facts |= {"loaders": session._loaders.names}
+    fingerprint.check_agreement(session.engine.gather_objects(facts))
 
 
 def _is_prepared(found: holdings.Holdings, accelerator: Any) -> bool:

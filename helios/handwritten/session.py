@@ -7,19 +7,18 @@ import contextlib
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from helios import fingerprint, session
+from helios import session
 from helios.arguments import check_writable
 from helios.callbacks.base import Callback, overridden
-from helios.checkpoint import CheckpointStore
-from helios.data.adopting import check_loader
+from helios.checkpoint import CheckpointStore, Encoder
 from helios.data.feed import Feed
 from helios.engine import Accelerator
 from helios.errors import DataError, ModelError
@@ -27,10 +26,12 @@ from helios.evaluation import to_the_end_of_all
 from helios.failures.bundle import Wish
 from helios.failures.replay import replayed
 from helios.handwritten.arguments import Attributes, check_arguments, settings_of
+from helios.handwritten.batches import Batches
 from helios.handwritten.faults import failures_told
 from helios.handwritten.late import Latecomers
-from helios.handwritten.parts import TRAIN, Held, Loaders, engine_for
-from helios.handwritten.stopped import RunStopped
+from helios.handwritten.parts import TRAIN, Held, Loaders, check_ranks, engine_for
+from helios.handwritten.stopped import finish_run, stopped_run, warn_if_finished_here
+from helios.handwritten.variables import names_in
 from helios.health.watch import Health
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import text_logging
@@ -105,8 +106,6 @@ class Session(session.Session):
         if (replay := replayed(root.name)) is not None:
             callbacks, resume = [*callbacks, replay.callback], replay.resume
             hang_timeout_s, enable_tensorboard = None, False
-        for name, loader in loaders.items():
-            check_loader(loader, f"loaders[{name!r}]")
         check_writable(root)
         model = Held(root.name, objects, accelerator)
         engine = model._engine = engine_for(model._holdings(), accelerator)
@@ -141,7 +140,7 @@ class Session(session.Session):
         self._train: Any = None  # the iteration over training batches that is open
         self._open: list[str] = []  # the other iterations that are
         self._guards = contextlib.ExitStack()  # around the loop
-        self._check_ranks()
+        check_ranks(self)
         self._surroundings = contextlib.ExitStack()
         log = None if replay else root / f"{root.name}.log"
         self._surroundings.enter_context(text_logging(log, engine.rank))
@@ -184,6 +183,11 @@ class Session(session.Session):
             self._train = None  # which ends it now, and not with the interpreter
             self.close()
 
+    def _encode(self) -> tuple[Encoder, dict[str, Any]]:
+        encoded = super()._encode()
+        self._variables.own.clear()  # what the loop lets go is not to be kept alive
+        return encoded
+
     def _books(self) -> dict[str, dict[str, Any]]:
         return {**super()._books(), "variables": self._held.variables.read()}
 
@@ -220,16 +224,19 @@ class Session(session.Session):
         self.schedule = dataclasses.replace(self.schedule, total_steps=most)
         self._run = Run(self, self._model, self._loaders, self._was_resumed)
         self._events = self._run.boundaries()
-        self._variables.names = (carry,) if isinstance(carry, str) else tuple(carry)
-        return self._epochs(self._run, sys._getframe(1))
+        self._variables.names = names_in(carry)
+        return self._epochs(self._run, self._variables.caller())
 
-    def _epochs(self, run: Run, caller: FrameType) -> Iterator[int]:
+    def _epochs(self, run: Run, caller: FrameType | None) -> Iterator[int]:
         guards, state = self._guards, self.state
         guards.enter_context(self.stops.joined(self.engine, self._folder))
         guards.enter_context(watched(self, self._hang_timeout_s))
         self._health.begin()
         with guards, self._variables.inside("epochs", caller):
             del caller
+            self._variables.put_back(is_there=False)
+            if run._is_over():
+                warn_if_finished_here(self, self._folder)
             if state.epoch_stage == EpochStage.CLOSED:
                 self._meet(self._next())
             while not run._is_over():
@@ -238,8 +245,7 @@ class Session(session.Session):
             for _ in self._events:
                 pass
             self.wait_for_checkpoint()
-        at = f"{state.global_epoch} epochs, {state.current_iteration} steps"
-        self.logger.info("finished after %s", at)
+        finish_run(self, self._folder)
 
     def _end_epoch(self) -> None:
         if self._train is None:
@@ -263,11 +269,11 @@ class Session(session.Session):
         is_first = self._restored is not None
         boundary = next(self._events)
         if is_first:
-            self._variables.put_back()
+            self._variables.put_back(is_there=True)
         return boundary
 
-    def batches(self, loader: str | DataLoader[Any] = TRAIN) -> Iterator[Any]:
-        """The batches of a loader, placed on the device.
+    def batches(self, loader: str | DataLoader[Any] = TRAIN) -> Batches:
+        """The batches of a loader, placed on the device, with its ``len``.
 
         ``loader`` is a name in ``loaders``, or itself one of them, or any other that
         Accelerate has prepared. Of ``"train"`` those that are left of the epoch:
@@ -283,24 +289,25 @@ class Session(session.Session):
             DataError: where the loader stands cannot be saved, or it yields nothing.
             RunStopped: the run was asked to stop, and is saved.
         """
-        if (name := self._loaders.name_of(loader)) != TRAIN:
-            return self._other_batches(name)
+        name = self._loaders.name_of(loader)
+        length = partial(self._loaders.length, name)
+        if name != TRAIN:
+            return Batches(self._other_batches(name), length)
         if self._run is None or self._train is not None:
             raise DataError(
                 "the batches to train on must be read once in each turn of a loop over "
                 "`session.epochs(...)`; make as many epochs as you want to read"
             )
-        self._train = self._train_batches(self._run, sys._getframe(1))
-        found: Iterator[Any] = self._train
-        return found
+        self._train = self._train_batches(self._run, self._variables.caller())
+        return Batches(self._train, length)
 
-    def _train_batches(self, run: Run, caller: FrameType) -> Iterator[Any]:
+    def _train_batches(self, run: Run, caller: FrameType | None) -> Iterator[Any]:
         loader, state = self._loaders.open(TRAIN), self.state
         accelerator, window = self.engine.accelerator, self.schedule.accumulation_steps
         health = self._health
         with loader.reported(), self._variables.inside("batches", caller):
             del caller
-            self._variables.check()
+            self._variables.check(self._held._holdings().all_parameters())
             while True:
                 boundary = self._next()
                 if boundary is Boundary.READY:
@@ -363,6 +370,7 @@ class Session(session.Session):
     def close(self) -> None:
         """End the log and the writers, after what they have in hand; once is enough."""
         atexit.unregister(self.close)
+        self._variables.leave("epochs", "batches")
         with self._surroundings, self._guards:
             if self.saver is not None:
                 self.saver.finish()
@@ -380,21 +388,12 @@ class Session(session.Session):
                 "saved; read it between two training batches, or put both into one "
                 "data set"
             )
-        every = self._save_every
-        if boundary is Boundary.STEP and every is not None:
-            if self.state.current_iteration % every == 0:
-                self.request_save()
+        every = self._save_every if boundary is Boundary.STEP else None
+        if every is not None and self.state.current_iteration % every == 0:
+            self.request_save()
         if self._run.meet(boundary):
             self.wait_for_checkpoint()
             self.stops.leave(self.engine)
-            stopped = RunStopped(self.stop_reason)
-            at = f"{self.state.global_epoch} epochs, {self.state.current_iteration}"
-            self.logger.info("%s after %s steps", stopped, at)
+            stopped = stopped_run(self)
             self.close()
             raise stopped
-
-    def _check_ranks(self) -> None:
-        """Raise a LaunchError where the ranks do not run the same; all must call."""
-        facts = {**vars(self.schedule), **self.identity["train_data"]}
-        facts |= {"objects": sorted(self._held.objects), "loaders": self._loaders.names}
-        fingerprint.check_agreement(self.engine.gather_objects(facts))

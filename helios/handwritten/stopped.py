@@ -1,6 +1,13 @@
-"""How a loop ends that was asked to."""
+"""How a loop ends: asked to stop, or finished."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+from helios.session import Session
 from helios.stopping.status import exit_status
+
+_FINISHED = set[Path]()  # the folders of the runs that this process has finished
 
 
 class RunStopped(SystemExit):
@@ -17,3 +24,32 @@ class RunStopped(SystemExit):
 
     def __str__(self) -> str:
         return f"{self.reason}: stopped, to go on"
+
+
+def stopped_run(session: Session) -> RunStopped:
+    """Say that a run was stopped, and how far it has come."""
+    stopped = RunStopped(session.stop_reason)
+    session.logger.info("%s after %s", stopped, _progress(session))
+    return stopped
+
+
+def finish_run(session: Session, folder: Path | None) -> None:
+    """Say that a run is finished."""
+    session.logger.info("finished after %s", _progress(session))
+    if folder is not None:
+        _FINISHED.add(folder)
+
+
+def warn_if_finished_here(session: Session, folder: Path | None) -> None:
+    """Warn who makes a second run where this process has finished one."""
+    if folder in _FINISHED:
+        session.logger.warning(
+            "this process has finished a run in %s already, which is taken up, so that "
+            "nothing is left to train; give each run a folder of its own",
+            folder,
+        )
+
+
+def _progress(session: Session) -> str:
+    state = session.state
+    return f"{state.global_epoch} epochs, {state.current_iteration} steps"

@@ -1,10 +1,12 @@
 """Variables of a loop by hand go on at a resume, where they are and as they were."""
 
+import collections
 import contextlib
 import subprocess
 import sys
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -12,6 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 import helios
 
@@ -103,7 +106,60 @@ def in_a_closure(root, stop=None):
     return None
 
 
-@pytest.mark.parametrize("loop", [in_one_function, in_two_functions, in_a_closure])
+def with_results_of_functions(root, stop=None):
+    """What is read on the way to the batches: left of a call, and for its argument."""
+    session, loader, step = make(root)
+
+    def one_epoch(before):
+        found = []
+        for (inputs,) in session.batches(loader):
+            found.append(step(inputs).item())
+            stopped_at(session, stop)
+        return [before, *found]
+
+    epochs = total = 0
+    kept = ()
+    with contextlib.suppress(helios.RunStopped), session:
+        carried = ["epochs", "total", "kept", "found"]
+        for _ in session.epochs(EPOCHS, carry=carried):
+            epochs += 1
+            kept += tuple(one_epoch(total))
+            total = sum(kept)
+        return epochs, total, kept
+    return None
+
+
+def with_names_for_the_same_thing(root, stop=None):
+    session, loader, step = make(root)
+    zero = now = [0.0, 0.0]
+    best = last = {}
+    array, table, recent = np.zeros(2), torch.zeros(3), collections.deque(maxlen=2)
+
+    def count(loss, into=table, seen=array, latest=recent):
+        into[0] += 1
+        seen[1] += loss
+        latest.append(loss)
+
+    with contextlib.suppress(helios.RunStopped), session:
+        carried = ["now", "best", "last", "array", "table", "recent"]
+        for _ in session.epochs(EPOCHS, carry=carried):
+            for (inputs,) in session.batches(loader):
+                loss = step(inputs).item()
+                now = [loss, now[0]]
+                last = {"loss": loss}
+                if not best or loss < best["loss"]:
+                    best = last
+                count(loss)
+                stopped_at(session, stop)
+        return zero, now, best, last, array.tolist(), table.tolist(), list(recent)
+    return None
+
+
+LOOPS = [in_one_function, in_two_functions, in_a_closure]
+LOOPS += [with_results_of_functions, with_names_for_the_same_thing]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
 def test_variables_go_on_behind_a_stop_at_any_batch(tmp_path, loop):
     whole = loop(tmp_path / "whole")
     for batch in range(EPOCHS * BATCHES):
@@ -163,7 +219,11 @@ def test_variables_of_a_script_without_a_function_go_on(tmp_path, request):
     [
         ("bset", ValueError, r"`carry` names 'bset', which is no variable of loop \("),
         (["best", "net.bias"], ValueError, "names 'net.bias', which is no variable"),
-        (["best", "live"], TypeError, "what can't be saved.*live"),
+        (["best", "live"], TypeError, "'live', which holds what can't be saved.*live="),
+        (["latent"], TypeError, "'latent', which asks for gradients"),
+        ("state", TypeError, "'state', which is a part of a network.*clone it"),
+        (3, TypeError, "`carry` must be names of variables, got 3"),
+        ([3], TypeError, "`carry` must be names of variables"),
     ],
 )
 def test_what_is_no_variable_or_has_no_form_is_refused(tmp_path, carry, error, message):
@@ -171,9 +231,11 @@ def test_what_is_no_variable_or_has_no_form_is_refused(tmp_path, carry, error, m
 
     def loop():
         best, live = 0.0, iter(())
+        latent = [torch.zeros(2, requires_grad=True)]
+        state = session.engine.accelerator._models[0].state_dict()
         for _ in session.epochs(1, carry=carry):
             list(session.batches(loader))
-        return best, live
+        return best, live, latent, state
 
     with session, pytest.raises(error, match=message):
         loop()
@@ -199,6 +261,97 @@ def test_saving_keeps_alive_nothing_that_the_loop_has_let_go(tmp_path):
 
     with session:
         assert loop() == ([None] * BATCHES, BATCHES)
+
+
+def test_what_a_function_holds_of_its_own_variables_is_left_alone(tmp_path):
+    session, loader, step = make(tmp_path / "run", save_every=1)
+
+    def loop(epochs):
+        count, settings = 0, locals()
+        for _ in session.epochs(epochs, carry="count"):
+            for (inputs,) in session.batches(loader):
+                step(inputs)
+                count += 1
+        return settings["epochs"], count
+
+    with session:
+        assert loop(1) == (1, BATCHES)
+
+
+@pytest.mark.parametrize("carry", [(), ["count"]])
+def test_function_that_leaves_its_loop_is_not_kept_alive(tmp_path, carry):
+    class Owner:
+        """Of something large."""
+
+    session, loader, _ = make(tmp_path / "run")
+
+    def leave():
+        owner, count = Owner(), 0
+        for _ in session.batches(loader):
+            break
+        return weakref.ref(owner), count
+
+    with session:
+        for _ in session.epochs(2, carry=carry):
+            mark, _ = leave()
+            if carry:  # they may be read until the epoch ends
+                session.close()
+            assert mark() is None
+            break
+
+
+def test_other_names_at_a_resume_are_told(tmp_path, capsys):
+    def loop(*carry, stop=None):
+        session, loader, step = make(tmp_path / "run")
+        old = new = 0
+        with contextlib.suppress(helios.RunStopped), session:
+            for _ in session.epochs(1, carry=carry):
+                for (inputs,) in session.batches(loader):
+                    step(inputs)
+                    old, new = old + 1, new + 1
+                    stopped_at(session, stop)
+        return old, new
+
+    loop("old", stop=1)
+    assert loop("new") == (2, 2)
+    said = capsys.readouterr().err
+    assert "`carry`: 'new' was not saved, and begins anew" in said
+    assert "`carry`: 'old' was saved, and is not named any more" in said
+
+
+def test_second_run_in_a_folder_where_one_is_finished_is_told(tmp_path, capsys):
+    for fold in range(2):
+        session, loader, _ = make(tmp_path / "run")
+        with session:
+            read = [list(session.batches(loader)) for _ in session.epochs(1)]
+        assert len(read) == (fold == 0)
+    assert "give each run a folder of its own" in capsys.readouterr().err
+
+
+def test_length_is_that_of_the_loader_at_a_resume_too(tmp_path):
+    def run(stop=None):
+        session, loader, step = make(tmp_path / "run")
+        lengths = []
+        with contextlib.suppress(helios.RunStopped), session:
+            for _ in session.epochs(1):
+                batches = session.batches(loader)
+                lengths.append(len(batches))
+                step(next(batches)[0])
+                for (inputs,) in tqdm(batches, disable=True):
+                    step(inputs)
+                    stopped_at(session, stop)
+        return lengths, session.state.current_iteration
+
+    assert run(stop=1) == ([BATCHES], 2)
+    assert run() == ([BATCHES], BATCHES)
+
+
+def test_loader_of_two_names_is_refused(tmp_path):
+    loader = DataLoader(range(4))
+    with pytest.raises(ValueError, match="one loader as 'valid' and as 'train'"):
+        helios.Session(
+            Accelerator(cpu=True), tmp_path / "r", {"valid": loader, "train": loader}
+        )
 
 
 def test_loaders_are_read_by_name_or_themselves(tmp_path):

@@ -26,7 +26,9 @@ def train(root, accelerator, stop_at):
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.02)
     loader = DataLoader(AugmentedDataset(26), batch_size=2, shuffle=True)
     net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
-    session = helios.Session(accelerator, root, loaders=loader, net=net, opt=optimizer)
+    session = helios.Session(accelerator, root, loader, net=net, opt=optimizer)
+    if stop_at == "carried":
+        return refusal(session, net)
     with contextlib.suppress(helios.RunStopped), session:
         for _ in session.epochs(2):
             net.train()
@@ -48,6 +50,18 @@ def train(root, accelerator, stop_at):
         "weights": digest(state),
         "type": type(next(net.parameters())).__name__,
     }
+
+
+def refusal(session, net):
+    """What is said of a variable of which each rank has a piece."""
+    averages = {name: p.detach().clone() for name, p in net.named_parameters()}
+    try:
+        with session:
+            for _ in session.epochs(1, carry=["averages"]):
+                next(session.batches())
+    except TypeError as error:
+        return str(error), len(averages)
+    return None
 
 
 folder, runs = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])

@@ -20,7 +20,7 @@ class Stopped(helios.Session):
     def batches(self, loader="train"):
         batches = super().batches(loader)
         is_last = self.engine.rank == self.engine.world_size - 1
-        is_mine = is_last and batches is self._train
+        is_mine = is_last and iter(batches) is self._train
         for batch in batches:
             if is_mine and self.state.global_iteration == int(at):
                 os.kill(os.getpid(), signal.SIGTERM)

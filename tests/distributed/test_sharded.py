@@ -225,3 +225,8 @@ def test_what_cannot_be_sharded_is_refused_by_every_rank(tmp_path):
         assert "the model has 2" in found["error"]
     for (found,) in run(tmp_path, 2, {"root": "old"}, fsdp_version=1):
         assert "set `fsdp_version` to 2" in found["error"]
+
+
+def test_variable_of_which_each_rank_has_a_piece_is_not_carried(tmp_path):
+    for (found,) in run(tmp_path, 2, ["run", "carried"], script=BY_HAND):
+        assert "'averages', which is shared out over the ranks" in found[0]

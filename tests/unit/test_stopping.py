@@ -3,6 +3,8 @@
 import os
 import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -199,3 +201,27 @@ def test_frozen_state_is_true_as_long_as_it_has_the_weights_of_then(
     model = Averaging(way)
     train(model, IndexData(2), tmp_path, total_steps=1, valid_frequency=1)
     assert model.found == found
+
+
+TOLD = """
+import ctypes
+from helios.stopping.ranks import end_with_launcher
+end_with_launcher()
+number = ctypes.c_int()
+ctypes.CDLL(None).prctl(2, ctypes.byref(number))  # PR_GET_PDEATHSIG
+print(number.value)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells of a parent's end"
+)
+def test_program_whose_shell_has_accelerates_variables_outlives_it():
+    done = subprocess.run(
+        [sys.executable, "-c", TOLD],
+        env={**os.environ, "ACCELERATE_MIXED_PRECISION": "no"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "0\n", done.stderr
