@@ -298,16 +298,16 @@ class Session(session.Session):
                 "the batches to train on must be read once in each turn of a loop over "
                 "`session.epochs(...)`; make as many epochs as you want to read"
             )
-        self._train = self._train_batches(self._run, self._variables.caller())
+        self._train = self._train_batches(self._run)
         return Batches(self._train, length)
 
-    def _train_batches(self, run: Run, caller: FrameType | None) -> Iterator[Any]:
+    def _train_batches(self, run: Run) -> Iterator[Any]:
         loader, state = self._loaders.open(TRAIN), self.state
         accelerator, window = self.engine.accelerator, self.schedule.accumulation_steps
         health = self._health
-        with loader.reported(), self._variables.inside("batches", caller):
-            del caller
-            self._variables.check(self._held._holdings().all_parameters())
+        variables = self._variables
+        with loader.reported(), variables.inside("batches", variables.reader()):
+            variables.check(self._held._holdings().all_parameters())
             while True:
                 boundary = self._next()
                 if boundary is Boundary.READY:

@@ -6,6 +6,8 @@ import collections
 import contextlib
 import ctypes
 import inspect
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, MutableMapping, MutableSet
 from types import CodeType, FrameType
@@ -21,6 +23,9 @@ from helios.loggers.text import get_root_logger
 
 # Whether the variables of a function are copied when they are asked for: see PEP 667.
 _COPIES = sys.version_info < (3, 13)
+# Whose frames may stand between a loop and what it reads.
+_BARS = re.compile(r"[/\\]site-packages[/\\](tqdm|rich|accelerate|torch)[/\\]")
+_OWN = os.path.dirname(os.path.dirname(__file__)) + os.sep
 # What others may hold, too, and see change.
 _SHARED = (Tensor, np.ndarray, list, collections.deque, MutableMapping, MutableSet)
 # Who has such a copy, if nobody but its function and the one that asks here.
@@ -69,6 +74,21 @@ class Variables:
     def caller(self) -> FrameType | None:
         """The frame that calls a session's method, if variables of it are carried."""
         return sys._getframe(2) if self.names else None
+
+    def reader(self) -> FrameType | None:
+        """The frame of the user's that a session's generator yields to, likewise.
+
+        None, if it is that of the epochs, or has none of the variables. Between the two
+        there may be others, such as that of a bar.
+        """
+        frame = sys._getframe(1).f_back if self.names else None
+        while frame is not None and frame not in self._frames.values():
+            path = frame.f_code.co_filename
+            is_between = path.startswith(_OWN) or _BARS.search(path) is not None
+            if not is_between and not _names_of(frame).isdisjoint(self.names):
+                return frame
+            frame = frame.f_back
+        return None
 
     def check(self, parameters: Iterable[Tensor]) -> None:
         """Raise, before the first batch, on what is no variable, or has no form.

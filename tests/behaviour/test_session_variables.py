@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import io
 import subprocess
 import sys
 import weakref
@@ -129,6 +130,26 @@ def with_results_of_functions(root, stop=None):
     return None
 
 
+def with_batches_that_are_passed_on(root, stop=None):
+    """A function gets them, in a bar, and knows nothing of the session."""
+    session, loader, step = make(root)
+
+    def one_epoch(batches):
+        n = total = 0  # a bar has a variable `n`, too
+        for (inputs,) in batches:
+            total += step(inputs).item()
+            n += 1
+            stopped_at(session, stop)
+        return total / len(batches), n
+
+    found = []
+    with contextlib.suppress(helios.RunStopped), session:
+        for _ in session.epochs(EPOCHS, carry=["found", "n", "total"]):
+            found.append(one_epoch(tqdm(session.batches(loader), file=io.StringIO())))
+        return found
+    return None
+
+
 def with_names_for_the_same_thing(root, stop=None):
     session, loader, step = make(root)
     zero = now = [0.0, 0.0]
@@ -156,7 +177,8 @@ def with_names_for_the_same_thing(root, stop=None):
 
 
 LOOPS = [in_one_function, in_two_functions, in_a_closure]
-LOOPS += [with_results_of_functions, with_names_for_the_same_thing]
+LOOPS += [with_results_of_functions, with_batches_that_are_passed_on]
+LOOPS += [with_names_for_the_same_thing]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
