@@ -101,7 +101,20 @@ RNG = Kind(
         f"{_GENERATOR}",
     ),
 )
-LOSS = Kind("a loss or a score", r"rank\.books", _UNSAVED, _UNSAVED_BY_LOOP)
+LOSS = Kind(
+    "a loss or a score", r"rank\.books\.(?!variables\.)", _UNSAVED, _UNSAVED_BY_LOOP
+)
+VARIABLE = Kind(
+    "a variable of the loop",
+    r"(rank\.books|training\.model\.user)\.variables\.",
+    _UNSAVED,
+    Advice(
+        "it is carried, but is computed from something that is not saved: another "
+        "variable, which begins anew at a resume, an object that the session does not "
+        "know, or a generator of its own",
+        _UNSAVED_BY_LOOP.cure,
+    ),
+)
 RATE = Kind(
     "a learning rate or a scheduler",
     r"training\.model\.(optimizers\..*\.param_groups\.\d+\.|schedulers\.)",
@@ -122,7 +135,7 @@ RATE = Kind(
 WEIGHTS = Kind("weights", r"model\.", _UNSAVED, _UNSAVED_BY_LOOP)
 STATE = Kind("the state of the training", "", _UNSAVED, _UNSAVED_BY_LOOP)
 #: Of what is saved, in the order in which one comes from the other within a batch.
-KINDS = (RNG, LOSS, RATE, WEIGHTS, STATE)
+KINDS = (RNG, LOSS, VARIABLE, RATE, WEIGHTS, STATE)
 LOGGED = Kind("what was logged", "", _UNSAVED, _UNSAVED_BY_LOOP)
 UNEQUAL = Kind(
     "the number of batches",
@@ -137,6 +150,34 @@ UNEQUAL = Kind(
         "depends on a variable, or an object, that is not saved: a patience, a best "
         "score, a count",
         f"{_CARRY}; or count by `session.state`; {_PASS}",
+    ),
+)
+FINISHED = Kind(
+    "the finished run, started again",
+    "",
+    Advice(
+        "what stands behind the training needs what only training sets: a run that "
+        "is finished trains no more when it is started again",
+        "return it from `user_state_dict`, or do without it where there is none",
+    ),
+    Advice(
+        "what stands behind the loop reads a variable that only the loop sets: a run "
+        "that is finished has no turn left when it is started again",
+        "name it in `session.epochs(..., carry=[...])`, or set it before the loop",
+    ),
+)
+LONGER = Kind(
+    FINISHED.name,
+    "",
+    Advice(
+        "how long it trains depends on something that is not saved, or on how often "
+        "it was started",
+        "give the Trainer the same `total_steps` at each start",
+    ),
+    Advice(
+        "how many epochs there are depends on something that is not saved, or on how "
+        "often it was started",
+        "give `session.epochs` the same total at each start",
     ),
 )
 

@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 
-from helios.verifying.causes import advice
+from helios.verifying.causes import FINISHED, LONGER, UNEQUAL, Advice, Kind, advice
 from helios.verifying.comparing import Difference, describe, first_difference
+from helios.verifying.forgotten import cured, forgotten, lines_of, note_of, unset
 from helios.verifying.starts import Place, Starts, Traces
 
 # As in `trace`, which must be imported by the runs alone: it needs torch.
 _FOLDER, _STOP, _LAST = "HELIOS_VERIFY", "HELIOS_VERIFY_STOP", "HELIOS_VERIFY_LAST"
 _SHOWN_LINES = 30
+_ERROR = re.compile(r"\b\w+(Error|Exception): \S.*")
+
+
+class _Failed(Exception):
+    """A start has failed that ought to have come to its end, as that before it."""
+
+    def __init__(self, difference: Difference) -> None:
+        super().__init__(difference.where)
+        self.difference = difference
 
 
 class _Runner:
@@ -32,9 +44,14 @@ class _Runner:
     ) -> None:
         self._command, self._root = command, root
         self._last, self._timeout_s = last, timeout_s
+        self._good = {0}  # statuses with which the command ends
 
     def run(self, name: str, stops: Sequence[Place] = ()) -> Traces:
-        """The traces of the command, stopped at these batches."""
+        """The traces of the command, stopped at these batches.
+
+        Raises:
+            _Failed: what is resumed fails behind the training.
+        """
         folder = self._root / name
         folder.mkdir()
         starts = Starts(folder)
@@ -42,20 +59,60 @@ class _Runner:
             log = folder / f"{number}.log"
             status = self._start(folder, log, stop)
             traces = starts.read()
-            # One that was stopped may say so by its exit status.
-            wanted = [r for k, r in traces.items() if stop is None or k[0] == stop[0]]
-            until = self._last if stop is None else stop[1]
-            is_over = stop is None and status == 0  # by `break`, for instance
-            has_come = wanted and all(
-                run.has_ended or is_over or until in run.batches for run in wanted
-            )
-            if not has_come:
-                where = "to its end" if until is None else f"to batch {until}"
-                end = f"has not trained {where} with Helios; exit status {status}"
-                self._fail(log, end)
+            resumed = _resumed(traces, stops[number - 1]) if number else ""
+            if why := self._missing(traces, stop, status):
+                self._fail(log, f"was {resumed}, and {why}" if resumed else why)
             if why := starts.wrong_with(stop):
                 self._fail(folder / f"{number - 1}.log", why)
+        if not stops:
+            self._good.add(status)
+        elif self._last is None and status not in self._good:
+            kind = FINISHED._replace(name=f"the run that was {resumed}")
+            raise self._failed(kind, log, status)
         return traces
+
+    def _missing(self, traces: Traces, stop: Place | None, status: int) -> str | None:
+        """What a start has not trained that it ought to have."""
+        # One that was stopped may say so by its exit status.
+        wanted = [r for k, r in traces.items() if stop is None or k[0] == stop[0]]
+        until = self._last if stop is None else stop[1]
+        is_over = stop is None and status == 0  # by `break`, for instance
+        if wanted and all(
+            run.has_ended or is_over or until in run.batches for run in wanted
+        ):
+            return None
+        where = "to its end" if until is None else f"to batch {until}"
+        return f"has not trained {where} with Helios; exit status {status}"
+
+    def rerun(self, name: str, before: Traces) -> Traces | None:
+        """The traces after one more start of what is finished.
+
+        None where runs are not trained to their end.
+
+        Raises:
+            _Failed: it does not end at once.
+        """
+        if self._last is not None:
+            return None
+        folder = self._root / name
+        log = folder / f"{len([*folder.glob('*.log')])}.log"
+        status = self._start(folder, log, None)
+        if status not in self._good:
+            raise self._failed(FINISHED, log, status)
+        traces = Starts(folder).read()
+        for (which, rank), run in traces.items():
+            old = before.get((which, rank))
+            if old is None or (old.has_ended and run.n_trained > old.n_trained):
+                last = f"batch {max(run.batches, default=0)} of `{which}`"
+                details = ["it is finished, and has trained again"]
+                raise _Failed(Difference(LONGER, rank, None, last, details))
+        return traces
+
+    def _failed(self, kind: Kind, log: Path, status: int) -> _Failed:
+        text = self._show(log)
+        errors = [found[0] for line in text if (found := _ERROR.search(line))]
+        where = f"exit status {status}"
+        return _Failed(Difference(kind, None, None, where, errors[-1:]))
 
     def _start(self, folder: Path, log: Path, stop: Place | None) -> int:
         env = {**os.environ, _FOLDER: str(folder.resolve())}
@@ -81,9 +138,18 @@ class _Runner:
             raise
 
     def _fail(self, log: Path, why: str) -> NoReturn:
+        self._show(log)
+        raise click.UsageError(f"the command {why}")
+
+    def _show(self, log: Path) -> list[str]:
         text = log.read_text(encoding="utf-8", errors="replace").splitlines()
         click.echo("\n".join(text[-_SHOWN_LINES:]), err=True)
-        raise click.UsageError(f"the command {why}")
+        return text
+
+
+def _resumed(traces: Traces, stop: Place) -> str:
+    which = f" of `{stop[0]}`" if len({name for name, _ in traces}) > 1 else ""
+    return f"resumed after batch {stop[1]}{which}"
 
 
 def _choose(at: Sequence[int], count: int, seed: int, total: int) -> list[int]:
@@ -121,9 +187,10 @@ def verify_resume(
     """Prove that COMMAND, a training with Helios, ends the same wherever it is stopped.
 
     It is run without a stop, and then with stops after some batches, each time until it
-    stops, and from where it stopped. After each batch the samples, their values, random
-    numbers, losses, weights and optimizers are compared; the first difference is named,
-    with its likely cause. Checkpoints and logs go to a temporary folder.
+    stops, and from where it stopped; then again when it is finished. After each batch
+    the samples, their values, random numbers, losses, weights and optimizers are
+    compared; the first difference is named, with its likely cause. Checkpoints and logs
+    go to a temporary folder.
 
     Exit status: 0 where the runs are identical, 1 where they are not, 2 where the
     command cannot be verified.
@@ -145,26 +212,71 @@ def _verify(runner: _Runner, at: Sequence[int], stops: int, seed: int) -> int:
     plural = "s" if ranks > 1 else ""
     click.echo(f"without a stop: {total} batches{runs}, {ranks} rank{plural}")
     chosen = _choose(at, stops, seed, total)
-    parts = runner.run("parts", [places[n - 1] for n in chosen])
-    click.echo(f"stopped after batch {', '.join(map(str, chosen))}, and resumed")
-    if (found := _compare(whole, parts)) is None:
-        values = next(iter(whole[min(whole)].batches.values()))["values"]
-        click.echo(
-            f"IDENTICAL: samples, random numbers, losses and {len(values)} values of "
-            f"the state, after each of {total} batches"
-        )
-        return 0
-    again = _compare(whole, runner.run("again"))
-    click.echo("DIFFERENT" if again is None else "DIFFERENT, also without a stop")
+    stopped = [places[n - 1] for n in chosen]
+    first_stops = dict(reversed(stopped))
     batch = next(iter(whole[min(whole)].batches.values()))
-    first = again or found
-    said = advice(
-        first.kind,
-        is_repeatable=again is None,
-        is_cuda=any(name.startswith("rank.rng.cuda") for name in batch["values"]),
-        is_loop=batch["is_loop"],
+    try:
+        parts = runner.run("parts", stopped)
+        click.echo(f"stopped after batch {', '.join(map(str, chosen))}, and resumed")
+        if (found := _compare(whole, parts)) is not None:
+            return _explain(runner, whole, parts, found, first_stops)
+        if (again := runner.rerun("parts", parts)) is not None:
+            click.echo("started again when it was finished")
+            found = _compare(whole, again)
+            # Who has asked a Trainer to stop early has more to train.
+            if found and (batch["is_loop"] or found.kind is not UNEQUAL):
+                found.details.append("in the finished run, started again")
+                raise _Failed(found)
+    except _Failed as failed:
+        found = failed.difference
+        said = advice(found.kind, **_facts(batch), is_repeatable=True)
+        return _tell(found, unset(said, found.details))
+    click.echo(
+        f"IDENTICAL: samples, random numbers, losses and {len(batch['values'])} values "
+        f"of the state, after each of {total} batches"
     )
-    click.echo("\n".join(describe(first, said)))
+    missed = [
+        variable
+        for k, run in whole.items()
+        for variable in forgotten(
+            run, parts[k], stop=first_stops.get(k[0], 0), again=None
+        )
+    ]
+    if (note := note_of(missed)) is not None:
+        click.echo(note)
+    return 0
+
+
+def _explain(
+    runner: _Runner,
+    whole: Traces,
+    parts: Traces,
+    found: Difference,
+    first_stops: Mapping[str, int],
+) -> int:
+    """Tell what not saved has made the difference, or that nothing can be repeated."""
+    traces = runner.run("again")
+    again = _compare(whole, traces)
+    first, is_repeatable = again or found, again is None
+    batch = next(iter(whole[min(whole)].batches.values()))
+    said = advice(first.kind, **_facts(batch), is_repeatable=is_repeatable)
+    if is_repeatable and first.rank is not None:
+        key, stop = (first.run, first.rank), first_stops.get(first.run, 0)
+        missed = forgotten(
+            whole[key], parts[key], stop=stop, until=first.batch, again=traces[key]
+        )
+        first.details += lines_of(missed)
+        said = cured(said, missed)
+    return _tell(first, said, "" if is_repeatable else ", also without a stop")
+
+
+def _facts(batch: Mapping[str, Any]) -> dict[str, bool]:
+    is_cuda = any(name.startswith("rank.rng.cuda") for name in batch["values"])
+    return {"is_cuda": is_cuda, "is_loop": batch["is_loop"]}
+
+
+def _tell(difference: Difference, said: Advice, more: str = "") -> int:
+    click.echo("\n".join([f"DIFFERENT{more}", *describe(difference, said)]))
     return 1
 
 
@@ -177,5 +289,6 @@ def _compare(one: Traces, other: Traces) -> Difference | None:
         pairs = [(one[k], other[k], k[1]) for k in one if k[0] == name]
         found = [d for pair in pairs if (d := first_difference(*pair)) is not None]
         if found:
-            return min(found, key=lambda d: (d.batch is None, d.batch))
+            first = min(found, key=lambda d: (d.batch is None, d.batch))
+            return dataclasses.replace(first, run=name)
     return None

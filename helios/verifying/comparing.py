@@ -16,12 +16,14 @@ from helios.verifying.causes import (
     LOGGED,
     ORDER,
     UNEQUAL,
+    VARIABLE,
     Advice,
     Kind,
 )
 
 _SHOWN = 5
 _RNGS = "rank.rng."
+_PAIRED = ("'dict'", "'OrderedDict'", "'Counter'")  # saved as lists of pairs
 
 
 @dataclasses.dataclass
@@ -31,6 +33,7 @@ class Run:
     batches: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
     logged: dict[int, dict[str, str]] = dataclasses.field(default_factory=dict)
     has_ended: bool = False
+    n_trained: int = 0  # batches, also those that are there twice
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -40,6 +43,7 @@ class Run:
             found = json.loads(line)
             if "batch" in found:
                 run.batches[found["batch"]] = found
+                run.n_trained += 1
             elif "logged" in found:
                 run.logged.setdefault(found["step"], {}).update(found["logged"])
             else:
@@ -52,10 +56,11 @@ class Difference:
     """The first difference of two runs of a rank."""
 
     kind: Kind
-    rank: int
+    rank: int | None  # None: of the command
     batch: int | None
     where: str
     details: list[str] = dataclasses.field(default_factory=list)
+    run: str = ""
 
 
 def first_difference(one: Run, other: Run, rank: int) -> Difference | None:
@@ -105,9 +110,27 @@ def _of_batches(
     ]
     for kind in KINDS:
         mine = [{k: v for k, v in d.items() if re.match(kind.paths, k)} for d in values]
+        if kind is VARIABLE:
+            mine = [{variable(path, d): d[path] for path in d} for d in mine]
         if details := list(_changed(*mine)):
             return kind, details
     return None
+
+
+def variable(path: str, values: Mapping[str, str]) -> str:
+    """The path of a carried variable as its user writes it: ``history['ema'][0]``."""
+    found = re.match(VARIABLE.paths + r"\w+\.", path)
+    assert found is not None
+    start, _, rest = path[found.end() :].partition(".")
+    path, name, parts = path[: found.end()] + start, start, rest.split(".")
+    while parts and parts[0]:
+        part, key = parts.pop(0), None
+        if values.get(path) in _PAIRED and part.isdecimal():
+            path, key = f"{path}.{part}", values.get(f"{path}.{part}.0")
+            part = parts.pop(0) if parts else part
+        path = f"{path}.{part}"
+        name += f"[{key or (part if part.isdecimal() else repr(part))}]"
+    return name
 
 
 def _attributes(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
@@ -127,9 +150,10 @@ def _changed(one: Mapping[str, str], other: Mapping[str, str]) -> Iterator[str]:
 
 def describe(difference: Difference, advice: Advice) -> list[str]:
     """What to say of a difference, line by line."""
+    rank, where = difference.rank, difference.where
+    at = f": {where}" if rank is None else f", rank {rank}, at {where}"
     return [
-        f"first difference: {difference.kind.name}, rank {difference.rank}, at "
-        f"{difference.where}",
+        f"first difference: {difference.kind.name}{at}",
         *(f"  {line}" for line in difference.details),
         f"likely cause: {advice.cause}",
         f"cure: {advice.cure}",

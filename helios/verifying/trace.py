@@ -20,9 +20,9 @@ from helios import rng
 from helios.callbacks.base import Callback
 from helios.checkpoint import Encoder
 from helios.data.batches import listed
-from helios.differences import CONTAINERS, PLAIN
 from helios.errors import UnstorableError
 from helios.session import Session
+from helios.verifying.frames import plain, variables
 
 if TYPE_CHECKING:
     from helios.trainer import Trainer
@@ -64,6 +64,7 @@ class Trace(Callback):
         state, loaded = session.state, session.engine.loaded
         assert loaded is not None, "a batch is in work"
         indices = loaded.indices
+        found, loops = variables() if self._is_loop else ({}, {})
         self._write(
             session,
             batch=state.global_iteration,
@@ -74,6 +75,8 @@ class Trace(Callback):
             values=dict(_values(session)),
             attributes={} if self._is_loop else dict(_attributes(session._model)),
             is_loop=self._is_loop,
+            variables=found,
+            loops=loops,
         )
         name, number = session._model.save_name, str(state.global_iteration)
         if number == self._last or f"{name}:{number}" == self._stop:
@@ -160,14 +163,8 @@ def _attributes(model: Any) -> Iterator[tuple[str, str]]:
     for name, value in vars(model).items():
         if isinstance(value, rng.GENERATORS) or name.startswith("_"):
             continue
-        is_plain = isinstance(value, PLAIN)
-        if isinstance(value, CONTAINERS):
-            members = value.values() if isinstance(value, Mapping) else value
-            is_plain = all(isinstance(member, PLAIN) for member in members)
-        if is_plain:
-            text = repr(value)
-            is_short = len(text) <= _SHOWN
-            yield name, text if is_short else f"{text[:_SHOWN]}..."
+        if (text := plain(value)) is not None:
+            yield name, text
 
 
 def traces(

@@ -21,9 +21,16 @@ model, optimizer, loader = accelerator.prepare(
 )
 session = helios.Session(accelerator, "runs/loop", loaders=loader)
 n = worse = 0
+history = {"ema": [0.0]}
+carried = {"carried": ["n"], "computing": ["history"], "kept_last": ["last"]}
 if kind == "kept":
     n = session.notes.get("n", n)
-for _ in session.epochs(4, carry=["n"] if kind == "carried" else []):
+total = 4
+if kind == "longer":
+    total = 4 if session.state.current_iteration < 20 else 5
+if kind == "failing" and session.state.current_iteration:
+    raise ValueError("it does not resume")
+for _ in session.epochs(total, carry=carried.get(kind, [])):
     for inputs, targets in session.batches():
         loss = (model(inputs) - targets).square().mean()
         if kind in ("variable", "kept", "carried"):
@@ -35,7 +42,9 @@ for _ in session.epochs(4, carry=["n"] if kind == "carried" else []):
             torch.rand(1)
         optimizer.step()
         optimizer.zero_grad()
-        n += 1
+        n, last = n + 1, loss.item()
+        if kind == "computing":
+            history["ema"][0] = 0.9 * history["ema"][0] + n
         if kind == "kept":
             session.notes["n"] = n
         session.log({"loss": loss})
@@ -47,3 +56,7 @@ for _ in session.epochs(4, carry=["n"] if kind == "carried" else []):
         worse += 1
         if worse > 2:
             break
+    if kind == "early" and session.state.current_iteration >= 13:
+        break
+if kind in ("last", "kept_last"):
+    print(f"the last loss was {last}")

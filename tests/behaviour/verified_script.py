@@ -38,6 +38,14 @@ class Saving(Counting):
         self.seen = state["seen"]
 
 
+class Reporting(RandomModel):
+    """Has something to report of, where it has trained."""
+
+    def train_step(self, batch, state):
+        super().train_step(batch, state)
+        self.report = state.global_iteration
+
+
 class Drawing(Counting):
     """Draws a number more with every third step."""
 
@@ -81,7 +89,7 @@ class OwnOrder(ResumableSampler):
 def main():
     kind = sys.argv[1]
     models = {"counting": Counting, "saving": Saving, "drawing": Drawing}
-    models |= {"unseeded": Unseeded, "ids": IdModel}
+    models |= {"reporting": Reporting, "unseeded": Unseeded, "ids": IdModel}
     data = IndexData(length=24) if kind == "ids" else RandomData()
     if kind == "own_generator":
         data = KindData(lambda: OwnGenerator(LENGTH))
@@ -94,8 +102,11 @@ def main():
     trainer = helios.Trainer(
         use_cpu=True, total_steps=3, print_frequency=2, chkpt_root="mine"
     )
-    if trainer.fit(models.get(kind, RandomModel)(), data) and kind == "twice":
+    model = models.get(kind, RandomModel)()
+    if trainer.fit(model, data) and kind == "twice":
         trainer.fit(RandomModel("second"), data)
+    if kind == "reporting":
+        print("trained on batch", model.report)
     assert not os.path.exists("mine")
 
 
