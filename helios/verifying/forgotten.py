@@ -53,7 +53,13 @@ def forgotten(
         if until is not None:
             last = now or last
     steady = [p for p in last if first[p] > stop and not _changes(one, again, p)]
-    steady.sort(key=lambda p: (first[p], not _has_been(one, p, last[p].then, first[p])))
+    steady.sort(
+        key=lambda p: (
+            last[p].is_counted,
+            first[p],
+            not _has_been(one, p, last[p].then, first[p]),
+        )
+    )
     # What a function passes to another is named once, where it comes from.
     by_value = {(f.name, f.was, f.then): f for f in (last[p] for p in steady)}
     return [*by_value.values()]

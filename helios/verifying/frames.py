@@ -22,6 +22,7 @@ _LISTED = (dict, list, tuple, deque, OrderedDict, defaultdict, Counter)
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 _MODULE = "<module>"
+_STORES = ("STORE_FAST", "STORE_NAME", "STORE_DEREF", "STORE_GLOBAL")
 
 
 def plain(value: Any) -> str | None:
@@ -77,11 +78,13 @@ def _counted(code: CodeType) -> list[str]:
     is_target = False
     for instruction in dis.get_instructions(code):
         name, value = instruction.opname, instruction.argval
-        if name in ("FOR_ITER", "UNPACK_SEQUENCE"):
+        if name in ("FOR_ITER", "UNPACK_SEQUENCE", "EXTENDED_ARG"):
             is_target |= name == "FOR_ITER"
-        elif is_target and name.startswith("STORE_"):
-            stores = name.count("STORE_")  # Python 3.13 has some that do two things
-            names += [value] if isinstance(value, str) else value[:stores]
+        elif is_target and name.startswith(_STORES):
+            # Python 3.13 has some that do two things.
+            stored = (value,) if isinstance(value, str) else value
+            names += stored[: name.count("STORE_")]
+            is_target = "LOAD_" not in name
         else:
             is_target = False
     return names

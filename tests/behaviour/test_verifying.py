@@ -149,10 +149,12 @@ def test_variable_that_nobody_saves_is_named_with_its_function():
 
 def test_variable_that_a_for_sets_is_counted_otherwise():
     one, other = held("1", "1", step="1"), held("1", "1", step="1")
-    other.batches[2]["variables"] = {"main()": {"best": "1", "step": "0"}}
+    other.batches[2]["variables"] = {"main()": {"step": "0", "best": "0"}}
     found = forgotten(one, other, stop=1, until=2, again=one)
+    assert [variable.name for variable in found] == ["best", "step"]
     assert cured(Advice("", "pass it"), found).cure == (
-        "count by `session.state` what `step` counts; or else pass it"
+        'name it in `session.epochs(..., carry=["best"])`; count by `session.state` '
+        "what `step` counts; or else pass it"
     )
 
 
