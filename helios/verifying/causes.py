@@ -106,7 +106,7 @@ LOSS = Kind(
 )
 VARIABLE = Kind(
     "a variable of the loop",
-    r"(rank\.books|training\.model\.user)\.variables\.",
+    r"(rank\.books|training\.model\.user)\.variables\.\w+\.values\.",
     _UNSAVED,
     Advice(
         "it is carried, but is computed from something that is not saved: another "

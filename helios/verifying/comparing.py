@@ -119,7 +119,7 @@ def _of_batches(
 
 def variable(path: str, values: Mapping[str, str]) -> str:
     """The path of a carried variable as its user writes it: ``history['ema'][0]``."""
-    found = re.match(VARIABLE.paths + r"\w+\.", path)
+    found = re.match(VARIABLE.paths, path)
     assert found is not None
     start, _, rest = path[found.end() :].partition(".")
     path, name, parts = path[: found.end()] + start, start, rest.split(".")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from helios.verifying.causes import Advice
+from helios.verifying.causes import VARIABLE, Advice
 from helios.verifying.comparing import Run
 
 _SHOWN = 5
@@ -82,7 +82,7 @@ def _differing(
 
 
 def _is_carried(name: str, values: Iterable[str]) -> bool:
-    path = re.compile(rf"\w[\w.]*\.variables\.\w+\.{re.escape(name)}(\.|$)")
+    path = re.compile(rf"{VARIABLE.paths}{re.escape(name)}(\.|$)")
     return any(map(path.match, values))
 
 

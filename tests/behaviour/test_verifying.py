@@ -104,7 +104,7 @@ def test_rate_differs_before_the_weights_that_come_of_it():
 
 def test_variable_that_is_carried_is_named_before_what_may_come_of_it():
     lr, loss = "training.model.optimizers.o.param_groups.0.lr", "rank.books.losses.loss"
-    ema = "rank.books.variables.epochs.history.ema.0"
+    ema = "rank.books.variables.epochs.values.history.ema.0"
     runs = [trace("a"), trace("a")]
     for run, value in zip(runs, "01", strict=True):
         run.batches[1]["values"] |= {lr: value, ema: value}
@@ -116,7 +116,7 @@ def test_variable_that_is_carried_is_named_before_what_may_come_of_it():
 
 
 def test_path_of_a_variable_is_written_as_in_a_program():
-    start = "training.model.user.variables.batches.best"
+    start = "training.model.user.variables.batches.values.best"
     assert variable(start, {}) == "best"
     assert variable(f"{start}.0.a b", {}) == "best[0]['a b']"
     pairs = {f"{start}.kept": "'dict'", f"{start}.kept.1.0": "3"}
@@ -131,7 +131,7 @@ def held(*values, function="main()", carried=(), **others):
             "variables": {function: {"best": value, **others}},
             "loops": {"main()": ["step"]},
         }
-        batch["values"] |= {f"rank.books.variables.epochs.{n}": "1" for n in carried}
+        batch["values"] |= {f"rank.books.variables.epochs.values.{n}": "1" for n in carried}
     return run
 
 
