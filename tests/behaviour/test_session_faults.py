@@ -79,8 +79,6 @@ def test_loop_with_skipped_steps_resumes_anywhere(tmp_path, window, spoils, caps
 class Leaving(ByHand):
     """Leaves each epoch by `break`, behind its third batch."""
 
-    carried = ("best", "totals")
-
     def train(self, session, stop_at):
         for number, (ids, inputs, targets) in enumerate(session.batches("train")):
             self.ids.append(ids.tolist())
@@ -98,7 +96,9 @@ class Leaving(ByHand):
 @pytest.mark.parametrize("policy", ["warn", "stop", "skip"])
 def test_batch_behind_which_the_loop_leaves_is_watched(tmp_path, capsys, policy):
     options = {"bad_numbers": policy, "save_every": "epoch"}
-    leaving = Leaving(tmp_path / "run", spoiled=(2, 5), options=options)
+    leaving = Leaving(
+        tmp_path / "run", spoiled=(2, 5), carried=("best", "totals"), options=options
+    )
     if policy == "stop":
         with pytest.raises(BadNumbersError, match=r"step 3 \(epoch 0, batch 2\)"):
             leaving.run()

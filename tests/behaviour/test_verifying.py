@@ -131,7 +131,8 @@ def held(*values, function="main()", carried=(), **others):
             "variables": {function: {"best": value, **others}},
             "loops": {"main()": ["step"]},
         }
-        batch["values"] |= {f"rank.books.variables.epochs.values.{n}": "1" for n in carried}
+        start = "rank.books.variables.epochs.values"
+        batch["values"] |= {f"{start}.{name}": "1" for name in carried}
     return run
 
 
