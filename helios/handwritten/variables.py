@@ -180,7 +180,9 @@ def into(kept: Any, value: Any) -> Any:
     if type(kept) is not type(value):
         return value
     if isinstance(value, Tensor):
-        if not _is_alike(kept, value) or kept.device != value.device:
+        can_be_written = not (kept.is_inference() or kept.requires_grad)
+        is_alike = _is_alike(kept, value) and kept.device == value.device
+        if not can_be_written or not is_alike or 0 in kept.stride():
             return value
         with torch.no_grad():
             kept.copy_(value)
@@ -195,7 +197,11 @@ def into(kept: Any, value: Any) -> Any:
             return value
         kept.clear()
         kept.extend(value)
-    elif isinstance(value, MutableMapping | MutableSet):
+    elif isinstance(value, MutableMapping):
+        kept.clear()
+        for key, one in value.items():  # a Counter's `|` would drop some
+            kept[key] = one
+    elif isinstance(value, MutableSet):
         kept.clear()
         kept |= value
     else:

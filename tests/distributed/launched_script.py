@@ -59,14 +59,14 @@ how, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 options = json.loads(sys.argv[3])
 has_failed = (folder / "failed_at_s").exists()
 model = NetModel("net")
-rank = os.environ.get("RANK", "0")
 try:
     is_finished, _ = train(model, RandomData(), folder / "runs", **options)
 except SystemExit:  # it was stopped, and one rank does not even come to its end
-    if rank == "1":
+    if model.rank == 1:
         (folder / "failed_at_s").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     raise
+rank = os.environ.get("RANK", "0")
 report = {"is_finished": is_finished, "weights": digest(model.net.state_dict())}
 report["world_size"] = os.environ.get("WORLD_SIZE", "1")
 (folder / f"rank_{rank}.json").write_text(json.dumps(report))
