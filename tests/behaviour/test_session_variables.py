@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 import helios
+from helios.handwritten.variables import into
 
 pytestmark = pytest.mark.usefixtures("accelerator")
 EPOCHS, BATCHES = 3, 4  # of an epoch
@@ -193,8 +194,9 @@ def test_variables_of_a_finished_run_are_there_when_it_is_started_again(tmp_path
     whole = in_one_function(tmp_path / "run")
     session, loader, _ = make(tmp_path / "run")
     best, seen, lowest = None, [], None
-    for _ in session.epochs(EPOCHS, carry=["best", "seen", "lowest"]):
-        list(session.batches(loader))
+    with session:
+        for _ in session.epochs(EPOCHS, carry=["best", "seen", "lowest"]):
+            list(session.batches(loader))
     assert (best, seen, lowest) == whole[:3]
 
 
@@ -404,3 +406,16 @@ def test_loader_that_nobody_has_prepared_is_read_by_itself(tmp_path):
         for _ in session.epochs(1):
             assert len(list(session.batches(train))) == 2
             assert len(list(session.batches(valid))) == 1
+
+
+def test_counts_below_zero_and_what_cannot_be_written_come_back():
+    counts = collections.Counter(a=0, b=-1)
+    kept = collections.Counter(c=1)
+    assert into(kept, counts) is kept
+    assert dict(kept) == {"a": 0, "b": -1}
+    value = torch.ones(2)
+    with torch.inference_mode():
+        made = torch.zeros(2)
+    leaf = torch.zeros(2, requires_grad=True)
+    for unwritable in (made, torch.zeros(1).expand(2), leaf):
+        assert into(unwritable, value) is value
