@@ -48,18 +48,19 @@ class Variables:
         self.own: dict[str, dict[str, Any]] = {}
         self._of_main: dict[str, dict[str, Any]] = {}
         self._frames: dict[str, FrameType] = {}
+        # What they were where a loop began: that of the frame, and that over batches.
         self._first: dict[str, dict[str, Any]] = {}
+        self._begun: dict[str, dict[str, Any]] = {}
         self._is_checked = False
 
     @contextlib.contextmanager
     def inside(self, which: str, frame: FrameType | None) -> Iterator[None]:
         """While the loop over epochs, or over batches, of a frame runs."""
-        if frame is None or frame in self._frames.values():
-            del frame  # nothing is to be kept alive that nobody reads
-            yield
-            return
-        self._frames[which], self._first[which] = frame, _read(frame, self.names)
-        del frame
+        if frame is not None and frame not in self._frames.values():
+            self._frames[which], self._first[which] = frame, _read(frame, self.names)
+        del frame  # nothing is to be kept alive that nobody reads
+        if which == "batches":
+            self._begun = {w: _read(f, self.names) for w, f in self._frames.items()}
         try:
             yield
         finally:
@@ -70,6 +71,7 @@ class Variables:
         for one in which:
             self._frames.pop(one, None)
             self._first.pop(one, None)
+            self._begun = {}
 
     def caller(self) -> FrameType | None:
         """The frame that calls a session's method, if variables of it are carried."""
@@ -79,12 +81,13 @@ class Variables:
         """The frame of the user's that a session's generator yields to, likewise.
 
         None, if it is that of the epochs, or has none of the variables. Between the two
-        there may be others, such as that of a bar.
+        there may be others, such as that of a bar, or of a generator that passes on.
         """
         frame = sys._getframe(1).f_back if self.names else None
         while frame is not None and frame not in self._frames.values():
             path = frame.f_code.co_filename
-            is_between = path.startswith(_OWN) or _BARS.search(path) is not None
+            is_between = bool(frame.f_code.co_flags & inspect.CO_GENERATOR)
+            is_between |= path.startswith(_OWN) or _BARS.search(path) is not None
             if not is_between and not _names_of(frame).isdisjoint(self.names):
                 return frame
             frame = frame.f_back
@@ -92,6 +95,8 @@ class Variables:
 
     def check(self, parameters: Iterable[Tensor]) -> None:
         """Raise, before the first batch, on what is no variable, or has no form.
+
+        Warn of the latter with the first batch of a later epoch.
 
         Raises:
             ValueError: none of the functions has a variable of the name.
@@ -105,12 +110,14 @@ class Variables:
                 f"{' or '.join(map(_place_of, codes))}; what is an attribute, or "
                 "elsewhere, goes into `session.notes`, or its object to the Session"
             )
-        if self._is_checked:
-            return
-        self._is_checked = True
+        is_first, self._is_checked = not self._is_checked, True
         trained = {_address(one) for one in parameters}
         for name, value in self._items():
-            if (why := _fault_of(value, trained)) is not None:
+            if (why := _fault_of(value, trained)) is None:
+                continue
+            if not is_first:
+                get_root_logger().warning("`carry` names %r, which %s", name, why)
+            else:
                 raise TypeError(
                     f"`carry` names {name!r}, which {why}; an object of your own is "
                     f"passed to the Session instead, as `{name}={name}`"
@@ -124,10 +131,13 @@ class Variables:
         """What they are now, by function; those that are not set yet are left out."""
         self.own.clear()
         for which, frame in self._frames.items():
-            values, first = _read(frame, self.names), self._first[which]
+            values, self.own[which] = _read(frame, self.names), {}
             shared = {n: v for n, v in values.items() if isinstance(v, _SHARED)}
-            same = [name for name, value in shared.items() if value is first.get(name)]
-            self.own[which] = {"values": values, "same": same, "names": [*self.names]}
+            for name, then in (("same", self._first), ("here", self._begun)):
+                old = then.get(which, {})
+                same = [n for n, value in shared.items() if value is old.get(n)]
+                self.own[which][name] = same
+            self.own[which] |= {"values": values, "names": [*self.names]}
         return self.own
 
     def load_of_main(self, found: dict[str, dict[str, Any]]) -> None:
@@ -140,9 +150,10 @@ class Variables:
         `is_there`: the loop has come to where it was saved, and nothing more is to do.
         """
         found = self.own or self._of_main
+        kind = "here" if self._begun else "same"
         for which, saved in found.items():
             if (frame := self._frames.get(which)) is not None:
-                now, same = _read(frame, self.names), set(saved["same"])
+                now, same = _read(frame, self.names), set(saved[kind])
                 _assign(
                     frame,
                     {

@@ -151,6 +151,35 @@ def with_batches_that_are_passed_on(root, stop=None):
     return None
 
 
+def with_lists_of_an_epoch_that_are_passed_on(root, stop=None):
+    session, loader, step = make(root)
+
+    def limited(batches, total):  # has a variable of a name that is carried
+        for number, batch in enumerate(batches):
+            if number < total:
+                yield batch
+
+    def one_epoch(batches, into, count):
+        seen = 0
+        for (inputs,) in batches:
+            into.append(step(inputs).item())
+            count += 1
+            seen += len(inputs)
+            stopped_at(session, stop)
+        return seen
+
+    found = []
+    with contextlib.suppress(helios.RunStopped), session:
+        for _ in session.epochs(EPOCHS, carry=["found", "losses", "total", "seen"]):
+            losses, total = [], torch.zeros((), dtype=torch.int64)
+            note = losses.append
+            count = one_epoch(limited(session.batches(loader), 100), losses, total)
+            note(0)
+            found.append((len(losses), total.item(), count))
+        return found, losses
+    return None
+
+
 def with_names_for_the_same_thing(root, stop=None):
     session, loader, step = make(root)
     zero = now = [0.0, 0.0]
@@ -179,7 +208,7 @@ def with_names_for_the_same_thing(root, stop=None):
 
 LOOPS = [in_one_function, in_two_functions, in_a_closure]
 LOOPS += [with_results_of_functions, with_batches_that_are_passed_on]
-LOOPS += [with_names_for_the_same_thing]
+LOOPS += [with_lists_of_an_epoch_that_are_passed_on, with_names_for_the_same_thing]
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -285,6 +314,22 @@ def test_saving_keeps_alive_nothing_that_the_loop_has_let_go(tmp_path):
 
     with session:
         assert loop() == ([None] * BATCHES, BATCHES)
+
+
+def test_variable_that_becomes_a_part_of_a_network_is_told(tmp_path, capsys):
+    session, loader, step = make(tmp_path / "run")
+
+    def loop():
+        best = None
+        for _ in session.epochs(2, carry=["best"]):
+            for (inputs,) in session.batches(loader):
+                step(inputs)
+            best = session.engine.accelerator._models[0].state_dict()
+        return best
+
+    with session:
+        loop()
+    assert "'best', which is a part of a network" in capsys.readouterr().err
 
 
 def test_what_a_function_holds_of_its_own_variables_is_left_alone(tmp_path):
