@@ -1275,10 +1275,11 @@ def test_variables_and_schedulers_of_a_port_go_on_at_a_resume(tmp_path, monkeypa
         [sys.executable, script], capture_output=True, text=True, check=True, timeout=60
     ).stdout.splitlines()
     assert len(printed) == 8
-    for kind in "whole", "parts":
+    # Started again when it is finished, it says once more what stands behind the loop.
+    for kind, more in ("whole", []), ("parts", printed[-2:]):
         logs = sorted((tmp_path / "kept" / kind).glob("*.log"))
         rows = [row for log in logs for row in log.read_text().splitlines()]
-        assert [row for row in rows if KINDS.match(row)] == printed
+        assert [row for row in rows if KINDS.match(row)] == printed + more
 
 
 @pytest.mark.slow
