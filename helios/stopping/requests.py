@@ -21,7 +21,7 @@ from helios.loggers.text import get_root_logger
 from helios.stopping.clocks import Alarms, Interrupts
 from helios.stopping.ranks import starter_folder
 from helios.stopping.slurm import requeue
-from helios.stopping.status import EXIT_INTERRUPTED, exit_status
+from helios.stopping.status import EXIT_INTERRUPTED, end_soon, exit_status
 
 #: A file of this name in the folder of the checkpoints asks for a stop.
 STOP_FILE = "stop"
@@ -160,6 +160,7 @@ class Stops:
 
     def leave(self, engine: Engine) -> None:
         """Do what a run does last that was stopped; every rank must call."""
+        end_soon()
         if engine.agree(self.wants_requeue) and engine.is_main:
             requeue()
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import inspect
 import io
 import os
+import types
+from typing import Any
 
 from helios.stopping.ranks import STOPPED, starter_folder
 
@@ -15,6 +18,10 @@ from helios.stopping.ranks import STOPPED, starter_folder
 EXIT_STOPPED = 75
 #: A second SIGINT has ended it, as a shell would say.
 EXIT_INTERRUPTED = 130
+
+#: What finalizers of these packages do, the end of a process does as well.
+_HARMLESS = {"_io", "helios", "joblib", "numpy", "socket", "subprocess"}
+_HARMLESS |= {"torch", "tqdm"}
 
 _is_to_end_soon = False
 
@@ -33,9 +40,9 @@ def exit_status() -> int:
 
 
 def end_soon() -> None:
-    """Have this process, once it ends, not look for garbage: for one that only waits.
+    """Have this process, once it ends, not look for garbage, if none of it matters.
 
-    All that torch consists of makes that a second.
+    All that torch consists of makes that a second, of what a scheduler grants.
     """
     global _is_to_end_soon
     _is_to_end_soon = True
@@ -43,10 +50,31 @@ def end_soon() -> None:
 
 @atexit.register  # as Helios is imported: after what the program registers
 def _freeze() -> None:
-    if _is_to_end_soon:
-        for each in gc.get_objects():
-            # Files that nobody has closed, and only garbage holds, come to it here.
-            if issubclass(type(each), io.IOBase):
-                with contextlib.suppress(OSError, ValueError):
-                    each.flush()
-        gc.freeze()
+    if not _is_to_end_soon:
+        return
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if _has_finalizer(kind)}
+    found = [each for each in objects if type(each) in kinds]
+    if any(_owner(each) not in _HARMLESS for each in found):
+        return
+    for each in found:
+        # Files that nobody has closed, and only garbage holds, come to it here.
+        if isinstance(each, io.IOBase):
+            with contextlib.suppress(OSError, ValueError):
+                each.flush()
+    gc.freeze()
+
+
+def _has_finalizer(kind: type) -> bool:
+    return any("__del__" in vars(base) for base in kind.__mro__)
+
+
+def _owner(each: Any) -> str:
+    """The package whose code the finalizer of an object runs."""
+    name = type(each).__module__
+    if isinstance(each, types.GeneratorType):
+        frame = each.gi_frame
+        if frame is None or inspect.getgeneratorstate(each) == inspect.GEN_CREATED:
+            return "helios"  # there is nothing to be left
+        name = frame.f_globals.get("__name__", "")
+    return str(name).partition(".")[0]

@@ -7,6 +7,7 @@ import re
 import signal
 import stat
 import subprocess
+import sys
 import time
 
 import pytest
@@ -94,6 +95,28 @@ def test_stopped_run_ends_with_a_status_of_its_own_where_that_is_asked_for(tmp_p
     assert train(
         IdModel(), IndexData(), tmp_path, total_steps=1, exit_when_stopped=True
     )[0]
+
+
+STOPPED_SOON = """
+import atexit, gc, sys
+atexit.register(lambda: print("frozen" if gc.get_freeze_count() else "looked"))
+
+from support import IdModel, IndexData, StopAt, train
+
+train(IdModel(), IndexData(), sys.argv[1], StopAt(2), total_steps=1)
+"""
+
+
+def test_process_whose_run_was_stopped_ends_without_a_look_for_garbage(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED_SOON, tmp_path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=True,
+    )
+    assert done.stdout == "frozen\n"
 
 
 # Where the run is.

@@ -1,8 +1,11 @@
 """The end of a process whose run was stopped."""
 
+import gzip
 import os
 import subprocess
 import sys
+
+import pytest
 
 SCRIPT = """
 import atexit, sys
@@ -41,3 +44,57 @@ def test_files_that_nobody_has_closed_are_written_where_garbage_is_not_looked_fo
         assert (done.returncode, done.stderr) == (0, "")
         for name in ("text", "data", "closed", "later"):
             assert (tmp_path / how / name).read_text() == "kept", (how, name)
+
+
+ENDINGS = """
+import atexit, gc
+atexit.register(lambda: print("frozen" if gc.get_freeze_count() else "looked"))
+
+import gzip, sys, tqdm
+from helios.stopping.status import end_soon
+
+class Told:
+    def __del__(self):
+        print("told")
+
+def tells():
+    try:
+        yield
+    finally:
+        print("told")
+
+class Loop:
+    def __init__(self, what):
+        self.own, self.what = self, what
+
+end_soon()
+if sys.argv[1] == "object":
+    loop = Loop(Told())
+elif sys.argv[1] == "generator":
+    loop = Loop(tells())
+    next(loop.what)
+elif sys.argv[1] == "archive":
+    loop = Loop(gzip.open("archive", "wt"))
+    loop.what.write("kept")
+else:
+    loop = Loop([tqdm.tqdm(disable=True), tells()])
+"""
+
+
+@pytest.mark.parametrize("what", ["object", "generator", "archive", "nothing"])
+def test_garbage_is_looked_for_if_it_has_something_to_do(tmp_path, what):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDINGS, what],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    told = {"archive": "looked\n", "nothing": "frozen\n"}
+    assert done.stdout == told.get(what, "looked\ntold\n")
+    if what == "archive":
+        with gzip.open(tmp_path / "archive", "rt") as file:
+            assert file.read() == "kept"
