@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from helios._version import __version__ as __version__
+from helios.stopping import ranks as _ranks  # noqa: F401  # finds who has started this
 
 if TYPE_CHECKING:
     from helios.callbacks.base import Callback as Callback

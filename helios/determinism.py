@@ -38,4 +38,6 @@ def torch_flags(benchmark: bool, deterministic: bool) -> Iterator[None]:
         yield
     finally:
         cudnn.benchmark = before[0]
-        torch.use_deterministic_algorithms(before[1])
+        # torch imports much for it, and a stop may have cut just that off.
+        if torch.are_deterministic_algorithms_enabled() != before[1]:
+            torch.use_deterministic_algorithms(before[1])

@@ -8,6 +8,7 @@ import os
 import pathlib
 import signal
 import sys
+from typing import NamedTuple
 
 #: In a rank's environment: the process that has started it, and a folder, in
 #: which there is a file `stopped`, if a run was.
@@ -26,26 +27,72 @@ def starter_folder() -> pathlib.Path | None:
     return pathlib.Path(os.environ[STARTER_FOLDER])
 
 
-def end_with_launcher() -> None:
-    """Have this process told when the launcher dies that has started it, if one has."""
-    number = None
+def mark_stopped() -> None:
+    """Tell what has started this rank, if Helios has, that its run was stopped."""
     if (folder := starter_folder()) is not None:
-        number = signal.SIGKILL  # the same command may be run again
+        (folder / STOPPED).touch()
+
+
+def end_with_launcher() -> None:
+    """Have this process told when the launcher dies that has started it, if one has.
+
+    It is told at once, if the launcher has died already.
+    """
+    if (folder := starter_folder()) is not None:
         # An attempt before this one may have left it: nobody stops before all are here.
         (folder / STOPPED).unlink(missing_ok=True)
-    elif "TORCHELASTIC_RUN_ID" in os.environ:
-        number = signal.SIGINT  # the second one, where an impatient user has sent two
-    elif "ACCELERATE_MIXED_PRECISION" in os.environ and _is_under_accelerate():
+    launcher = _launcher
+    if launcher is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, launcher.number)
+        if os.getppid() != launcher.process:
+            os.kill(os.getpid(), launcher.number)
+
+
+class _Launcher(NamedTuple):
+    process: int
+    number: int  # of the signal by which its end is told
+
+
+def _find_launcher() -> _Launcher | None:
+    """The launcher that has started this process, by its parent and its environment."""
+    process = os.getppid()
+    starter = os.environ.get(STARTER)
+    if starter == str(process) or (starter is not None and _was_killed(starter)):
+        return _Launcher(int(starter), signal.SIGKILL)  # the command may be run again
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # The second one, where an impatient user has sent two.
+        return _Launcher(process, signal.SIGINT)
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and _is_accelerate(process):
         # With one process it passes nothing on. A terminal's SIGINT has come already.
-        number = signal.SIGTERM
-    if number is not None and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+        return _Launcher(process, signal.SIGTERM)
+    return None
 
 
-def _is_under_accelerate() -> bool:
-    """Whether the parent is its launcher, and not a shell that has its variables."""
-    path = pathlib.Path(f"/proc/{os.getppid()}/cmdline")
+def _was_killed(starter: str) -> bool:
+    """Whether it has died, and left its folder, which it deletes at its end."""
+    state = "X"
+    with contextlib.suppress(OSError):
+        state = pathlib.Path(f"/proc/{starter}/stat").read_text().rpartition(") ")[2]
+    is_dead = state[0] in "XZ"  # whoever has started it may not have asked how it ended
+    return is_dead and os.path.exists(os.environ.get(STARTER_FOLDER, ""))
+
+
+def _is_accelerate(process: int) -> bool:
+    """Whether it is its launcher, and not a shell that has its variables."""
+    path = pathlib.Path(f"/proc/{process}/cmdline")
     with contextlib.suppress(OSError):
         words = path.read_bytes().split(b"\0")
         return not _ACCELERATE.isdisjoint(map(os.path.basename, words))
     return False
+
+
+def _look_for_launcher() -> None:
+    global _launcher
+    _launcher = _find_launcher()
+
+
+# As Helios is imported, which takes place before torch is, in most programs: later it
+# may have died, and whose child this was could not be said.
+_launcher: _Launcher | None = None
+_look_for_launcher()
+os.register_at_fork(after_in_child=_look_for_launcher)

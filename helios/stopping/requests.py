@@ -19,9 +19,9 @@ from helios.engine import Engine
 from helios.lastwords import last_words
 from helios.loggers.text import get_root_logger
 from helios.stopping.clocks import Alarms, Interrupts
-from helios.stopping.ranks import starter_folder
+from helios.stopping.ranks import mark_stopped, starter_folder
 from helios.stopping.slurm import requeue
-from helios.stopping.status import EXIT_INTERRUPTED, end_soon, exit_status
+from helios.stopping.status import EXIT_INTERRUPTED, exit_status
 
 #: A file of this name in the folder of the checkpoints asks for a stop.
 STOP_FILE = "stop"
@@ -61,12 +61,22 @@ class Stops:
         self._alarms = Alarms()
         self._alarms.arm("limit", max_time_s)
         self._is_main_rank = self._has_joined = False
+        self._heard_signal = self._has_left = self._came_late = False
+        self._file: pathlib.Path | None = None
         self._hears = self._is_interruptible = self._was_interrupted = False
         self._ended = threading.Event()
         self._write: socket.socket | None = None
         self._heard_here, self._heard_there = Interrupts(), Interrupts()
         self._before: dict[signal.Signals, Any] = {}
         self._before_fd = -1
+
+    def next(self, *, max_time_s: float | None, grace_s: float | None) -> Stops:
+        """Those of the next run, which a signal stops that this one heard too late."""
+        stops = Stops(max_time_s=max_time_s, grace_s=grace_s)
+        if self._came_late and self.reason is not None:
+            stops.wants_requeue, stops._heard_signal = self.wants_requeue, True
+            stops.request(self.reason)
+        return stops
 
     def request(self, reason: str, *, is_own: bool = False) -> None:
         """Ask for a stop; any thread. The first reason counts, but for a run's own."""
@@ -108,12 +118,18 @@ class Stops:
         watch.start()
         try:
             yield
+            self._came_late = self._heard_signal and not self._has_left
+            if self._came_late:
+                mark_stopped()  # what has started the ranks cannot tell how they ended
         finally:
             if self._hears:
                 self._put_handlers_back()
             self._ended.set()
             self._wake()
             watch.join()
+            if self._file is not None:  # it was meant for this run
+                with contextlib.suppress(OSError):
+                    self._file.unlink()
             self._write.close()
             read.close()
 
@@ -129,9 +145,10 @@ class Stops:
         self._is_main_rank, self._has_joined = engine.is_main, True
         self._alarms.disarm("meeting")
         if folder is not None and engine.is_main:
-            file = folder / STOP_FILE
+            self._file = folder / STOP_FILE
             # Not waited for: it may wait for a disk.
-            threading.Thread(target=self._look, args=(file,), daemon=True).start()
+            look = threading.Thread(target=self._look, args=(self._file,), daemon=True)
+            look.start()
 
     def setup(self, engine: Engine, part: Callable[[], object]) -> None:
         """Call a user's part of the setup, which a stop ends; every rank must call.
@@ -160,12 +177,14 @@ class Stops:
 
     def leave(self, engine: Engine) -> None:
         """Do what a run does last that was stopped; every rank must call."""
-        end_soon()
+        self._has_left = True
         if engine.agree(self.wants_requeue) and engine.is_main:
+            self.wants_requeue = False  # so that the grace limit does not, once more
             requeue()
 
     def _note(self, number: int) -> None:
         if number in _POLITE:
+            self._heard_signal = True
             self.wants_requeue = self.wants_requeue or number == signal.SIGUSR1
             self.request(f"received {signal.Signals(number).name}")
 

@@ -8,10 +8,11 @@ import gc
 import inspect
 import io
 import os
+import signal
 import types
 from typing import Any
 
-from helios.stopping.ranks import STOPPED, starter_folder
+from helios.stopping.ranks import mark_stopped, starter_folder
 
 #: A run that was stopped, and goes on when it is started again: EX_TEMPFAIL of
 #: sysexits.h. 0: it has come to its end. Any other one: it has failed.
@@ -23,7 +24,7 @@ EXIT_INTERRUPTED = 130
 _HARMLESS = {"_io", "helios", "joblib", "numpy", "socket", "subprocess"}
 _HARMLESS |= {"torch", "tqdm"}
 
-_is_to_end_soon = False
+_is_to_end_soon = _was_stopped = False
 
 
 def exit_status() -> int:
@@ -32,26 +33,35 @@ def exit_status() -> int:
     A launcher takes a rank's for a failure, and may start it anew. A starter of our own
     is told in another way, and ends with `EXIT_STOPPED` itself.
     """
-    if (folder := starter_folder()) is not None:
-        (folder / STOPPED).touch()
+    global _was_stopped
+    _was_stopped = True
+    if starter_folder() is not None:
+        mark_stopped()
         return 0
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     return EXIT_STOPPED if restarts == "0" else 0
 
 
 def end_soon() -> None:
-    """Have this process, once it ends, not look for garbage, if none of it matters.
+    """Have this process, once it ends, not look for garbage: for one that only waits.
 
-    All that torch consists of makes that a second, of what a scheduler grants.
+    All that torch consists of makes that a second, of what a scheduler grants. What has
+    a finalizer of its own is looked for.
     """
     global _is_to_end_soon
     _is_to_end_soon = True
 
 
 @atexit.register  # as Helios is imported: after what the program registers
+def _end() -> None:
+    if _was_stopped:  # and saved: who asks a second time gets the same status
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
+    if _is_to_end_soon:
+        _freeze()
+
+
 def _freeze() -> None:
-    if not _is_to_end_soon:
-        return
     objects = gc.get_objects()
     kinds = {kind for kind in set(map(type, objects)) if _has_finalizer(kind)}
     found = [each for each in objects if type(each) in kinds]

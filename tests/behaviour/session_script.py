@@ -2,11 +2,13 @@
 
 It says when a batch is done, and waits then for as long as it is told to; or its step
 depends on a variable that nobody saves; or it leaves its loop in the third epoch; or
-nothing of it is written.
+nothing of it is written; or it begins when its parent has died.
 """
 
+import os
 import pathlib
 import sys
+import time
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +20,11 @@ import helios
 
 folder, *held = sys.argv[1:]
 folder = pathlib.Path(folder)
+if held == ["early"]:
+    print("early", flush=True)
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.01)
 accelerator = Accelerator(cpu=True)
 set_seed(3)
 net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))

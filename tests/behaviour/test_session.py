@@ -325,6 +325,16 @@ def test_loop_saves_and_ends_when_its_launcher_is_ended_that_passes_nothing_on(
     assert digest(torch.load(tmp_path / "final.pt")) == final
 
 
+def test_loop_ends_whose_launcher_was_ended_before_it_began(tmp_path):
+    under = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1")
+    process = start(tmp_path, "early", under=under)
+    assert process.stdout.readline() == "early\n"
+    process.terminate()
+    process.wait(timeout=60)
+    end(process)  # of the loop, which holds the pipe
+    assert not [*tmp_path.iterdir()]
+
+
 def test_whoever_wants_to_go_on_behind_a_stop_catches_it(tmp_path):
     loop = Simple(tmp_path / "run")
     loop.session.request_stop("time is up")

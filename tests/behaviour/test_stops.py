@@ -66,6 +66,33 @@ def test_file_in_the_folder_of_the_run_stops_it_and_is_deleted(tmp_path, whole):
     check_resumed(tmp_path, whole)
 
 
+def test_file_that_came_too_late_does_not_stop_the_next_run(tmp_path):
+    file = tmp_path / "random" / "stop"
+
+    class Last(helios.Callback):
+        def on_training_end(self, session):
+            file.touch()
+
+    assert train(RandomModel(), RandomData(), tmp_path, Last(), **OPTIONS)[0]
+    assert not file.exists()
+
+
+def test_file_that_is_made_beside_a_signal_does_not_stop_the_next_run(tmp_path, whole):
+    file = tmp_path / "random" / "stop"
+
+    def ask():
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    is_finished, _ = train(
+        RandomModel(), RandomData(), tmp_path, Until(7, ask), **OPTIONS
+    )
+    assert not is_finished
+    assert not file.exists()
+    check_resumed(tmp_path, whole)
+
+
 def test_time_limit_stops_a_run(tmp_path, whole, capsys):
     options = {**OPTIONS, "max_time_s": 0.5}
     is_finished, _ = train(RandomModel(), RandomData(), tmp_path, Until(7), **options)
@@ -97,27 +124,25 @@ def test_stopped_run_ends_with_a_status_of_its_own_where_that_is_asked_for(tmp_p
     )[0]
 
 
-STOPPED_SOON = """
-import atexit, gc, sys
-first = gc.get_freeze_count()  # Python 3.12 has some of its own
-atexit.register(lambda: print(["looked", "frozen"][gc.get_freeze_count() > first]))
+TWICE = """
+import atexit, os, signal, sys
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))  # comes last
 
 from support import IdModel, IndexData, StopAt, train
 
-train(IdModel(), IndexData(), sys.argv[1], StopAt(2), total_steps=1)
+options = {"total_steps": 1, "exit_when_stopped": True}
+train(IdModel(), IndexData(), sys.argv[1], StopAt(2), **options)
 """
 
 
-def test_process_whose_run_was_stopped_ends_without_a_look_for_garbage(tmp_path):
+def test_second_signal_does_not_change_the_status_of_a_stop(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", STOPPED_SOON, tmp_path],
+        [sys.executable, "-c", TWICE, tmp_path],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        text=True,
         timeout=TIMEOUT_S,
-        check=True,
+        check=False,
     )
-    assert done.stdout == "frozen\n"
+    assert done.returncode == helios.EXIT_STOPPED
 
 
 # Where the run is.
@@ -448,6 +473,24 @@ def test_job_that_cannot_save_in_time_is_queued_again_all_the_same(tmp_path, job
     assert file.read_text() == "requeue 1234\n"
 
 
+def fit_in_slow_job(pipe, root, environment):
+    os.environ.update(environment)
+    ask = Until(7, lambda: pipe.send("ready"))
+    train(RandomModel(), RandomData(), root, ask, **OPTIONS, stop_grace_s=3)
+
+
+def test_job_is_queued_again_once_where_that_takes_longer_than_there_is(tmp_path, job):
+    environment, file = job
+    with (tmp_path / "bin" / "scontrol").open("a") as program:
+        program.write("sleep 6\n")
+    with child(fit_in_slow_job, tmp_path / "runs", environment) as (process, pipe):
+        assert receive(pipe) == "ready"
+        os.kill(process.pid, signal.SIGUSR1)
+        process.join(TIMEOUT_S)
+        assert process.exitcode == helios.EXIT_STOPPED
+    assert file.read_text() == "requeue 1234\n"
+
+
 def finish_in_job(pipe, root, environment):
     os.environ.update(environment)
 
@@ -464,3 +507,36 @@ def test_job_that_has_come_to_its_end_is_not_queued_again(tmp_path, job):
     with child(finish_in_job, tmp_path / "runs", environment) as (_, pipe):
         assert receive(pipe) is True
     assert not file.exists()
+
+
+class Late(helios.Callback):
+    """Sends a signal when the training is over."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def on_training_end(self, session):
+        os.kill(os.getpid(), self.number)
+        wait_until(lambda: session.stop_reason is not None)
+
+
+def finish_and_test(pipe, root, environment, number):
+    os.environ.update(environment)
+    options = {**QUIET, "chkpt_root": root, "total_steps": 1}
+    trainer = helios.Trainer(callbacks=[Late(number)], **options)
+    model, data = IdModel(), IndexData(valid=8)
+    pipe.send([trainer.fit(model, data), trainer.test(model, data)])
+    pipe.send([trainer.fit(model, data), trainer.test(model, data)])
+
+
+@pytest.mark.parametrize(
+    ("number", "asked"), [(signal.SIGUSR1, "requeue 1234\n"), (signal.SIGTERM, None)]
+)
+def test_signal_that_comes_too_late_for_the_training_stops_the_test(
+    tmp_path, job, number, asked
+):
+    environment, file = job
+    with child(finish_and_test, tmp_path / "runs", environment, number) as (_, pipe):
+        assert receive(pipe) == [True, False]
+        assert (file.read_text() if file.exists() else None) == asked
+        assert receive(pipe) == [True, False]

@@ -402,6 +402,12 @@ def test_default_tensor_settings_are_put_back(tmp_path):
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+def test_settings_that_are_as_they_were_are_left_alone(tmp_path, monkeypatch):
+    # torch imports much to set them, and a stop may have ended that halfway.
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", None)
+    by_helios(tmp_path)
+
+
 # Models of many kinds.
 
 

@@ -50,6 +50,12 @@ class NetModel(helios.Model):
             (folder / "failed_at_s").write_text(str(time.time()))
             self.wait_for_ever()
 
+    def on_training_end(self):
+        super().on_training_end()
+        if how == "end":
+            (folder / f"waits_{self.rank}").write_text(str(os.getpid()))
+            time.sleep(2)  # the signal comes meanwhile
+
     def wait_for_ever(self):
         while True:
             time.sleep(1)

@@ -21,6 +21,8 @@ from support.commands import (
     start,
 )
 
+from helios.stopping.status import EXIT_STOPPED
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -145,6 +147,20 @@ def test_signal_reaches_the_ranks_which_save_and_go_on_later(tmp_path, whole, nu
     code, output = end(start(tmp_path, num_processes=2))
     assert code == 0, output
     assert "resumed from net_epoch_" in output
+    assert reports(tmp_path) == whole
+
+
+def test_ranks_that_a_signal_reaches_at_their_end_are_to_be_started_again(
+    tmp_path, whole
+):
+    process = start(tmp_path, "end", num_processes=2)
+    pids_of_ranks(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    code, output = end(process)
+    assert code == EXIT_STOPPED, output
+    assert reports(tmp_path) == whole
+    code, output = end(start(tmp_path, num_processes=2))
+    assert code == 0, output
     assert reports(tmp_path) == whole
 
 

@@ -225,3 +225,70 @@ def test_program_whose_shell_has_accelerates_variables_outlives_it():
         timeout=60,
     )
     assert done.stdout == "0\n", done.stderr
+
+
+# Dies as soon as its child is there, which has imported Helios by then or has not.
+DIES = """
+import os, subprocess, sys
+
+when, child = sys.argv[1], sys.argv[2]
+os.environ |= {"HELIOS_STARTER": str(os.getpid())} if when.startswith("own") else {}
+reading, writing = os.pipe()
+process = subprocess.Popen(
+    [sys.executable, "-c", child, when, str(writing)], pass_fds=[writing]
+)
+os.close(writing)
+os.read(reading, 1)
+os._exit(0)
+"""
+ORPHAN = """
+import os, signal, sys, time
+
+when, writing = sys.argv[1], int(sys.argv[2])
+
+def is_told(number, frame):
+    print("told by", signal.Signals(number).name, flush=True)
+    os._exit(0)
+
+signal.signal(signal.SIGINT, is_told)
+signal.signal(signal.SIGTERM, is_told)
+parent = os.getppid()
+if "before" not in when:
+    import helios
+os.write(writing, b"1")
+while os.getppid() == parent:
+    time.sleep(0.01)
+from helios.stopping.ranks import end_with_launcher
+end_with_launcher()
+time.sleep(0.2)
+print("goes on", flush=True)
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells of a parent's end"
+)
+@pytest.mark.parametrize(
+    ("when", "variables", "told"),
+    [
+        ("own", {}, ""),  # SIGKILL
+        ("own, before it imports Helios", {}, ""),
+        ("own that came to its end", {STARTER_FOLDER: "deleted"}, "goes on"),
+        ("torchrun", {"TORCHELASTIC_RUN_ID": "1"}, "told by SIGINT"),
+        ("none", {}, "goes on"),
+        ("a shell", {"ACCELERATE_MIXED_PRECISION": "no"}, "goes on"),
+    ],
+)
+def test_launcher_that_has_died_before_the_run_began_is_told_of(
+    tmp_path, when, variables, told
+):
+    if when == "own that came to its end":
+        when += ", before"
+    done = subprocess.run(
+        [sys.executable, "-c", DIES, when, ORPHAN],
+        env={**os.environ, STARTER_FOLDER: str(tmp_path), **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.strip() == told, done.stderr
