@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from helios.lastwords import last_words
+from helios.workers import awaited
 
 if TYPE_CHECKING:
     from helios.session import Session
@@ -125,8 +126,9 @@ def _where(session: Session, frame: FrameType | None) -> dict[str, Any]:
         place = f"in {line.name}, {line.filename}:{line.lineno}"
     state = session.state
     at = f"epoch {state.global_epoch}, step {state.current_iteration}"
+    wait = f"; it waits for {what}" if (what := awaited()) else ""
     return {
-        "text": f"{place}, {at}, batch {state.global_iteration}",
+        "text": f"{place}, {at}, batch {state.global_iteration}{wait}",
         "progress": _progress(session),
         "waits": any(part in file for file in files for part in _WAITING),
     }

@@ -8,13 +8,14 @@ import inspect
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch.utils.data import _utils, dataloader
 from torch.utils.data._utils import signal_handling
 
 _CHECK_INTERVAL_S = 0.25
+_waiting: list[WorkersIterator] = []  # at this moment, for their workers
 
 
 class WorkersIterator(dataloader._MultiProcessingDataLoaderIter):
@@ -25,20 +26,41 @@ class WorkersIterator(dataloader._MultiProcessingDataLoaderIter):
     or a child's status is lost with it. That handler is taken away.
     """
 
+    #: Says what is to come next; None while the workers have not been asked for it.
+    expected: Callable[[], str] | None = None
+
     def _reset(self, loader: Any, first_iter: bool = False) -> None:
         _silence_handler()
+        self.expected = None
         super()._reset(loader, first_iter)
 
     def _try_get_data(
         self, timeout: float = _utils.MP_STATUS_CHECK_INTERVAL
     ) -> tuple[bool, Any]:
         end = time.monotonic() + timeout
-        while True:
-            left = end - time.monotonic()
-            wait = max(0.0, min(_CHECK_INTERVAL_S, left))
-            is_found, data = super()._try_get_data(wait)  # type: ignore[no-untyped-call]
-            if is_found or left <= _CHECK_INTERVAL_S:
-                return is_found, data
+        _waiting.append(self)
+        try:
+            while True:
+                left = end - time.monotonic()
+                wait = max(0.0, min(_CHECK_INTERVAL_S, left))
+                is_found, data = super()._try_get_data(wait)  # type: ignore[no-untyped-call]
+                if is_found or left <= _CHECK_INTERVAL_S:
+                    return is_found, data
+        finally:
+            _waiting.remove(self)
+
+
+def awaited() -> str:
+    """Which loader's worker this process waits for, and for what; else nothing.
+
+    Any thread may ask.
+    """
+    return " and ".join(
+        f"worker {iterator._rcvd_idx % iterator._num_workers} of the loader: {tell()}"
+        if (tell := iterator.expected)
+        else "the workers of the loader"
+        for iterator in tuple(_waiting)
+    )
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import copy
 import operator
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from multiprocessing import connection, resource_tracker, util
 from typing import Any
 
@@ -70,7 +71,11 @@ class ResumableDataLoader(DataLoader[Any]):
         except _SIGNS_OF_DEATH as error:
             self._check_workers(self._iterator, collections.deque(), error)
             raise
-        return self.plan.receive(self._results(iterator, self._asked.open))
+        asked = self._asked.open
+        if isinstance(iterator, WorkersIterator):
+            # Nothing of the loader itself, which may have to be let go of with it.
+            iterator.expected = partial(_describe_next, self.plan, asked)
+        return self.plan.receive(self._results(iterator, asked))
 
     def __iter__(self) -> Any:
         batches = self.fetch()
@@ -160,6 +165,11 @@ class _Asked(Sampler[Any]):
 
     def __len__(self) -> int:
         return len(self._requests)  # type: ignore[arg-type]  # the loader knows better
+
+
+def _describe_next(plan: Plan, asked: collections.deque[Any]) -> str:
+    # A copy: the thread of the loop may go on while another one asks.
+    return "".join(map(plan.describe, tuple(asked)[:1]))
 
 
 def create_dataloader(

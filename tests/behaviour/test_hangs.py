@@ -24,17 +24,21 @@ def hang(where):
         time.sleep(1)
 
 class HangingDataset(IndexDataset):
+    def __init__(self, length, where):
+        super().__init__(length)
+        self.where = where
     def __getitem__(self, index):
         if index == 5:
-            hang("worker")
+            hang(self.where)
         return index
 
 class HangingData(IndexData):
     def setup(self):
         super().setup()
         self._train_phases.clear()
-        params = {"batch_size": 4, "num_workers": 1}
-        self._add_train_phase(HangingDataset(12), params)
+        params = {"batch_size": 4, "num_workers": 2}
+        self._add_train_phase(HangingDataset(12, "worker"), params)
+        self._add_valid_dataset(HangingDataset(12, "validation worker"), params)
 
 class HangingModel(IdModel):
     def train_step(self, batch, state):
@@ -56,12 +60,17 @@ model, data = HangingModel(), HangingData()
 trainer.fit(model, data)
 trainer.test(model, data)
 """
+WAIT = (
+    r"it waits for worker 1 of the loader: "
+    r"samples \[4, 5, 6, 7\] \(epoch 0, batch 1\)\n"
+)
 PLACES = {
     "step": r"in hang, .*, epoch 0, step 1, batch 1",
     "validation": r"in hang, .*, epoch 1, step 3, batch 3",
     "hook": r"in hang, .*, step 3, batch 3",
     "test": r"in hang, .*, epoch 1, step 3, batch 3",
-    "worker": r"in <module>, .*, epoch 0, step 1, batch 1",
+    "worker": r"in <module>, .*, epoch 0, step 1, batch 1; " + WAIT,
+    "validation worker": r"in <module>, .*, epoch 1, step 3, batch 3; " + WAIT,
 }
 
 
@@ -80,6 +89,50 @@ def test_run_in_which_nothing_goes_on_is_ended_and_says_where_it_is(tmp_path, pl
         assert re.search(r"NO BATCH HAS ENDED FOR 2 S; it is " + PLACES[place], said)
         assert "thread MainThread:" in said
         assert said.count("NO BATCH") == 1
+        assert ("it waits for" in said) == ("worker" in place)
+
+
+BY_HAND = """
+import sys, time
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+import helios
+from support import IndexDataset
+
+class HangingDataset(IndexDataset):
+    def __getitem__(self, index):
+        while index == 5:
+            time.sleep(1)
+        return torch.tensor([float(index)])
+
+accelerator = Accelerator(cpu=True)
+net = torch.nn.Linear(1, 1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+loader = DataLoader(HangingDataset(12), batch_size=4, num_workers=2)
+net, optimizer, loader = accelerator.prepare(net, optimizer, loader)
+session = helios.Session(
+    accelerator, sys.argv[1], loaders=loader, net=net, optimizer=optimizer,
+    hang_timeout_s=2,
+)
+for epoch in session.epochs(1):
+    for inputs in session.batches():
+        accelerator.backward(net(inputs).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+
+
+def test_loop_by_hand_that_waits_for_a_worker_says_for_which_samples(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BY_HAND, tmp_path / "run"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"NO BATCH HAS ENDED FOR 2 S; .*, batch 1; " + WAIT, done.stderr)
 
 
 def test_run_that_goes_on_is_left_alone(tmp_path):

@@ -40,7 +40,7 @@ from helios.data.samplers import (
 from helios.data.seeding import sample_rng
 from helios.errors import DataError
 from helios.rng import capture_rng, seed_rngs
-from helios.workers import end_workers
+from helios.workers import awaited, end_workers
 
 WORKERS = {
     "none": {},
@@ -436,6 +436,32 @@ def test_after_the_death_of_a_worker_loaders_go_on_from_the_same_batch(persisten
     assert contents(other) == undisturbed()[done:]
     loader.seek(0, 7)  # past the deadly sample
     assert contents(loader) == undisturbed()[7:]
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_a_loader_waits_for_is_told_to_other_threads_until_it_has_come(anew):
+    dataset, loader = deadly(lambda: None, persistent_workers=True)
+    what = "worker 0 of the loader: samples [12, 13] (epoch 0, batch 6)"
+    told, until_s = [], time.monotonic() + 30
+
+    def ask():
+        while what not in told and time.monotonic() < until_s:
+            told.append(awaited())
+        dataset.may_end.set()
+
+    batches = iter(loader)
+    if anew:  # before a persistent worker has done all that it was asked for
+        what = "the workers of the loader"
+        for _ in range(5):
+            next(batches)
+        loader.seek(0)
+    asking = threading.Thread(target=ask)
+    asking.start()
+    found = contents(loader if anew else batches)
+    asking.join()
+    assert told[-1] == what
+    assert awaited() == ""
+    assert found == undisturbed()
 
 
 def test_death_of_a_worker_between_epochs_is_raised_by_the_next():
