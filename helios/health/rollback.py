@@ -37,7 +37,7 @@ def fit(
             help.
     """
     health = Health(session, trainer.bad_numbers)
-    in_a_row, end = 0, -1
+    in_a_row, last = 0, -1
     while True:
         run = Run(session, model, datamodule, was_resumed)
         run.train_step = health.around(model.train_step)
@@ -47,8 +47,8 @@ def fit(
             del run  # and its loader's workers
             session.stops.withdraw(OF_ANOTHER)  # who asks for a stop, asks again
             session.frozen = None  # a validation of what is not to be
-            in_a_row = in_a_row + 1 if wish.batches.start == end else 1
-            end = wish.batches.stop
+            in_a_row = in_a_row + 1 if wish.step == last + 1 else 1
+            last = wish.step
             if in_a_row > _MOST:
                 raise BadNumbersError(
                     f"{wish}. It is the {in_a_row}th step in a row: leaving out does "
@@ -73,7 +73,7 @@ def _find(session: Session, wish: RollBack) -> Path:
         before = [
             path
             for path, record in known.items()
-            if record["progress"]["global_iteration"] <= wish.batches.start
+            if record["progress"]["global_iteration"] <= wish.batch
         ]
         found = next((path for path in before if not find_damage(path)), None)
     path: Path | None = session.engine.broadcast(found)
@@ -96,7 +96,7 @@ def _go_back(
         "NUMBERS HAVE GONE BAD: %s; the run goes back to %s, and leaves that step out",
         *(wish, path.name),
     )
-    left_out = {*session.reading.get(LEFT_OUT, ()), *wish.batches}
+    left_out = {*session.reading.get(LEFT_OUT, ()), wish.step}
     trainer._bar.close()
     with contextlib.suppress(OSError):
         session.journal.writer.close()  # and begun again behind the checkpoint

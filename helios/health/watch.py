@@ -36,11 +36,14 @@ Step: TypeAlias = Callable[[Any, TrainingState], None]
 
 
 class RollBack(Exception):
-    """Asks to go back to before these batches, and to leave them out."""
+    """Asks to go back to before a step, and to leave it out.
 
-    def __init__(self, batches: range, reason: str) -> None:
+    ``step`` is how many steps come before it, ``batch`` how many batches.
+    """
+
+    def __init__(self, step: int, batch: int, reason: str) -> None:
         super().__init__(reason)
-        self.batches = batches
+        self.step, self.batch = step, batch
 
 
 class Health:
@@ -78,7 +81,7 @@ class Health:
         self._undo.close()
 
     def around(self, train_step: Step) -> Step:
-        """The step of a model, watched; batches that are left out do not come to it."""
+        """The step of a model, watched; what is left out does not come to it."""
         left_out = {*self._session.reading.get(LEFT_OUT, ())}
         watched = train_step
         if self._policy is not None:
@@ -93,7 +96,8 @@ class Health:
             return watched
 
         def step(batch: Any, state: TrainingState) -> None:
-            if state.global_iteration not in left_out:
+            # By step: only its end tells how many batches the last one has.
+            if state.current_iteration not in left_out:
                 watched(batch, state)
                 return
             self._session.logger.info("left out: %s", self._where())
@@ -150,8 +154,7 @@ class Health:
                 "comes to the same numbers: change what makes them, or pass "
                 f'`bad_numbers="skip"`{other}'
             )
-        first = where.batch - where.number % window
-        raise RollBack(range(first, first + window), reason)
+        raise RollBack(where.step - 1, where.batch - where.number % window, reason)
 
     def _attach(self) -> None:
         """See the losses that go into a backward, and the optimizers' gradients."""

@@ -493,11 +493,11 @@ def test_trackers_and_tensorboard_go_on_over_the_way_back(tmp_path):
 class Growing(torch.utils.data.IterableDataset):
     """A stream that goes on where it is, as long as the same object is asked."""
 
-    def __init__(self):
-        self.position = 0
+    def __init__(self, length=12):
+        self.position, self.length = 0, length
 
     def __iter__(self):
-        while self.position < 12:
+        while self.position < self.length:
             self.position += 1
             yield self.position - 1
         self.position = 0
@@ -512,12 +512,12 @@ class GrowingWithState(Growing):
 
 
 class GrowingData(helios.DataModule):
-    def __init__(self, kind):
+    def __init__(self, kind, length=12):
         super().__init__()
-        self.kind = kind
+        self.kind, self.length = kind, length
 
     def setup(self):
-        self._add_train_phase(self.kind(), {"batch_size": 2})
+        self._add_train_phase(self.kind(self.length), {"batch_size": 2})
 
 
 @pytest.mark.parametrize("kind", [Growing, GrowingWithState])
@@ -527,3 +527,21 @@ def test_stream_is_entered_where_the_checkpoint_is_on_the_way_back(tmp_path, kin
     train(model, GrowingData(kind), tmp_path, bad_numbers="rollback", **options)
     train(without, GrowingData(kind), None, bad_numbers=None, **options)
     assert digest(model.net.state_dict()) == digest(without.net.state_dict())
+
+
+@pytest.mark.parametrize("bad", [6, 7])
+@pytest.mark.parametrize("data", [IndexData, GrowingData], ids=["items", "stream"])
+def test_short_last_step_of_an_epoch_is_left_out_by_itself(tmp_path, bad, data):
+    """Of 8 batches in steps of 3, the last has two: none of the next epoch."""
+
+    def run(model, policy):
+        numbers = {"total_steps": 3, "chkpt_frequency": 1, "accumulation_steps": 3}
+        made = IndexData(8) if data is IndexData else GrowingData(GrowingWithState, 16)
+        train(model, made, tmp_path / str(policy), bad_numbers=policy, **numbers)
+        return digest(model.net.state_dict())
+
+    # The epoch before has left a checkpoint to go back to.
+    bad += 8
+    left_out = run(Spoiled(14, 15, leaves_out=True), None)
+    assert run(Spoiled(bad), "skip") == left_out
+    assert run(Spoiled(bad), "rollback") == left_out
