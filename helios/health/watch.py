@@ -148,13 +148,23 @@ class Health:
         where = min((f.where for f in found), key=lambda w: w.batch)
         reason = "; ".join(f.what for f in found if f.where.batch == where.batch)
         if self._policy == "stop":
-            other = ' or "rollback"' if self._takes_all else ""
+            is_there = self._has_checkpoint()
+            last = "The last checkpoint is" if is_there else "There is no checkpoint"
+            other = ' or "rollback"' if is_there and self._takes_all else ""
             raise BadNumbersError(
-                f"{reason}. The last checkpoint is from before that. The same command "
+                f"{reason}. {last} from before that. The same command "
                 "comes to the same numbers: change what makes them, or pass "
                 f'`bad_numbers="skip"`{other}'
             )
         raise RollBack(where.step - 1, where.batch - where.number % window, reason)
+
+    def _has_checkpoint(self) -> bool:
+        """Whether the run has made or taken up one; every rank must call."""
+        session = self._session
+        if session.saver is not None:  # one may be under way
+            session.saver.complete()
+            session.saver.finish()
+        return session.engine.agree(session.base is not None)
 
     def _attach(self) -> None:
         """See the losses that go into a backward, and the optimizers' gradients."""

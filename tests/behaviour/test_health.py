@@ -136,6 +136,19 @@ def test_stop_in_the_last_step_is_no_finished_run(tmp_path):
     assert not list(tmp_path.glob("ids/*"))
 
 
+@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("saves", [True, False], ids=["saves", "keeps nothing"])
+def test_stop_tells_of_a_checkpoint_only_where_there_is_one(tmp_path, saves, every):
+    options = {**IN_STEPS, "chkpt_frequency": every, "bad_numbers": "stop"}
+    with pytest.raises(BadNumbersError) as caught:
+        train(Spoiled(2), IndexData(8), tmp_path if saves else None, **options)
+    is_there = saves and every is not None
+    said = str(caught.value)
+    assert ("The last checkpoint is from before that." in said) == is_there
+    assert ("There is no checkpoint from before that." in said) == (not is_there)
+    assert said.endswith('"skip"` or "rollback"' if is_there else '"skip"`')
+
+
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
