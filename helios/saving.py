@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from helios.background import BackgroundWriter, Files
 from helios.callbacks.base import Callback, overridden
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 #: A file of this name in the folder of the checkpoints asks for one.
 TRIGGER = "save"
 _LOOK_EVERY_S = 1.0
+
+_Record: TypeAlias = Mapping[str, Any]
 
 
 @dataclasses.dataclass
@@ -55,7 +57,7 @@ class Saver:
         self._background = BackgroundWriter()
         self._begun: _Begun | None = None
         self._hook_error: BaseException | None = None
-        # Those newer than what was resumed from: damaged ones, mostly.
+        # What the state does not come from: others' checkpoints, and damaged ones.
         self._passed_over = set[Path]()
         self._saved_at: tuple[int, int, int] | None = None
         self._is_requested = self._is_prepared = self._has_warned = False
@@ -242,8 +244,9 @@ class Saver:
         best, others = self._options.keep_best, self.store.records()
         replaced = others.pop(self.store.root / name, None)
         self._passed_over.discard(self.store.root / name)
-        counted = {p: r for p, r in others.items() if p not in self._passed_over}
-        found = {self.store.root / name: record, **counted}
+        found = {self.store.root / name: record, **self._counted(others)}
+        if passed_over := sorted(p.name for p in others.keys() - found.keys()):
+            record["passed_over"] = passed_over
         if best is not None:
             self._check_metric(best.metric, record["metrics"])
             record["is_best"] = self.store.root / name in best.best(found)[:1]
@@ -257,19 +260,30 @@ class Saver:
         except BaseException as error:  # the user's, not the disk's
             self._hook_error = error
 
-    def settle(self, path: Path) -> None:
+    def settle(self, path: Path | None) -> None:
         """Finish what a run that died has left undone, once its state is taken up.
 
-        What is newer than the checkpoint at ``path`` does not count, and stays.
+        What the checkpoint at ``path`` does not come from does not count, and stays:
+        all that is newer, and what was passed over before; without one, everything.
         """
         if self._session.engine.is_main:
             self.store.clean()
             found = self.store.records()
-            if path in found:
-                self._passed_over = set(takewhile(lambda p: p != path, found))
-            self._settle({p: r for p, r in found.items() if p not in self._passed_over})
+            real = None if path is None else path.resolve()
+            newer = [*takewhile(lambda p: p.resolve() != real, found)]
+            before = next((r for p, r in found.items() if p not in newer), {})
+            names = before.get("passed_over", ())
+            self._passed_over = {*newer, *(p for p in found if p.name in names)}
+            self._settle(self._counted(found))
 
-    def _settle(self, found: Mapping[Path, Mapping[str, Any]]) -> None:
+    def own(self) -> Mapping[Path, _Record]:
+        """The records that count, newest first: this run's, and what it comes from."""
+        return self._counted(self.store.records())
+
+    def _counted(self, found: Mapping[Path, _Record]) -> dict[Path, _Record]:
+        return {p: r for p, r in found.items() if p not in self._passed_over}
+
+    def _settle(self, found: Mapping[Path, _Record]) -> None:
         """Mark the best of these, delete those that need not stay."""
         best = self._options.keep_best
         marked = [] if best is None else best.best(found)[:1]

@@ -149,6 +149,8 @@ class Session:
             self._encode()  # to find out now, and not when the first save is due
         path = self._choose(resume)
         if path is None:
+            if self.saver is not None:
+                self.saver.settle(None)
             return False
         checkpoint = self._read(path, resume)
         if (imported := checkpoint.record.get("imported")) is None:

@@ -28,7 +28,7 @@ LIMITS_LINES = {
     "library": 3000,
     "data": 2413,
     "checkpoint": 1050,
-    "saving": 300,
+    "saving": 306,
     "retention": 90,
     "background": 140,
     "sharding": 150,

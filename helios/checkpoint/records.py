@@ -81,6 +81,9 @@ def read_record(path: Path) -> dict[str, Any]:
         imported = record.get("imported", {"from": "", "unknown": []})
         if (type(imported["from"]), type(imported["unknown"])) != (str, list):
             raise ValueError(f"`imported` is {imported!r:.60}")
+        names = record.get("passed_over", [])
+        if type(names) is not list or any(type(name) is not str for name in names):
+            raise ValueError(f"`passed_over` is {names!r:.60}")
         for value in record["metrics"].values():
             float("nan" if value is None else value)
         for name, default in TrainingState().dict().items():

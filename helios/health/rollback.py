@@ -63,13 +63,13 @@ def fit(
 
 
 def _find(session: Session, wish: RollBack) -> Path:
-    """The newest whole checkpoint from before the step; every rank must call."""
+    """The run's newest whole checkpoint from before the step; every rank must call."""
     saver = session.saver
     found: Path | None = None
     if saver is not None:
         saver.complete()
         saver.finish()
-        known = saver.store.records() if session.engine.is_main else {}
+        known = saver.own() if session.engine.is_main else {}
         before = [
             path
             for path, record in known.items()

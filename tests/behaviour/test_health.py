@@ -290,6 +290,50 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(tmp_path):
             train(Spoiled(2), IndexData(4), root, total_steps=1, bad_numbers="rollback")
 
 
+@pytest.fixture
+def others(tmp_path):
+    """Another run's checkpoints in the folder, newest first; a step has two batches."""
+    options = {**IN_STEPS, "accumulation_steps": 2, "chkpt_frequency": 1}
+    train(IdModel(), IndexData(20), tmp_path, **options)
+    return CheckpointStore(tmp_path / "ids").list()
+
+
+def go_back(root, bad, **options):
+    model = Spoiled(bad)
+    options |= {**IN_STEPS, "accumulation_steps": 2, "bad_numbers": "rollback"}
+    train(model, IndexData(20), root, **options)
+    return model
+
+
+def test_another_runs_checkpoints_are_no_way_back(tmp_path, others):
+    with pytest.raises(BadNumbersError, match="no checkpoint from before that"):
+        go_back(tmp_path, 9, resume="never")
+
+
+def test_another_runs_checkpoints_are_none_after_a_resume_either(tmp_path, others):
+    options = {**IN_STEPS, "accumulation_steps": 2, "resume": "never"}
+    assert not train(IdModel(), IndexData(20), tmp_path, StopAt(batch=5), **options)[0]
+    with pytest.raises(BadNumbersError, match="no checkpoint from before that"):
+        go_back(tmp_path, 5)  # whose step began before the stop
+
+
+def test_way_back_leads_to_what_was_taken_up_and_not_to_what_is_newer(
+    tmp_path, others, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    model = go_back(tmp_path, 9, resume=f"ids/{others[-2].name}")
+    assert f"goes back to {others[-2].name}," in capsys.readouterr().err
+    assert [batch for [batch] in model.batches[:8]] == [4, 5, 6, 7, 8, 9, 4, 5]
+
+
+def test_way_back_of_a_fresh_start_is_its_own(tmp_path, others):
+    found = [
+        go_back(root, 9, chkpt_frequency=3, resume="never").net.state_dict()
+        for root in (tmp_path, tmp_path / "clean")
+    ]
+    assert digest(found[0]) == digest(found[1])
+
+
 def test_going_back_that_does_not_help_ends(tmp_path):
     model = Spoiled(*range(3, 100))
     options = {"train_unit": "iteration", "total_steps": 60, "chkpt_frequency": 3}

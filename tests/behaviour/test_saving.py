@@ -444,6 +444,15 @@ def test_damaged_ones_that_were_passed_over_do_not_count(tmp_path):
     assert [find_damage(path) for path in store.list()] == [{}, {}]
 
 
+def test_fresh_start_counts_and_deletes_no_checkpoint_of_another_run(tmp_path):
+    options = {**IN_STEPS, "keep_last": 1}
+    train(IdModel(), IndexData(), tmp_path, **IN_STEPS, chkpt_frequency=2)
+    for total, resume in ((3, "never"), (7, "auto"), (9, "auto")):
+        options |= {"total_steps": total, "resume": resume}
+        train(IdModel(), IndexData(), tmp_path, **options)
+        assert steps(tmp_path) == sorted([2, 4, 6, 8, total])
+
+
 def test_resume_deletes_what_a_dead_run_left_and_spares_what_it_goes_on_from(tmp_path):
     options = {**IN_STEPS, "total_steps": 3, "chkpt_frequency": 1}
     train(IdModel(), IndexData(), tmp_path, **options)

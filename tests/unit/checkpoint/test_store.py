@@ -776,6 +776,8 @@ EMPTY = b"\x08\0\0\0\0\0\0\0{}      "
         {"files": {"model.safetensors": 5}},
         {"files": {"model.safetensors": {"group": "model", "crc32": []}}},
         {"files": {"a.safetensors": {"size_bytes": 8, "crc32": [], "group": []}}},
+        {"passed_over": 5},
+        {"passed_over": ["a", 5]},
         {"imported": 5},
         {"imported": {"from": "Accelerate", "unknown": 5}},
         {"progress": {"current_iteration": "3"}},
