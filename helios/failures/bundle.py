@@ -75,6 +75,8 @@ def write_bundle(wish: Wish, session: Session, error: BaseException) -> None:
     except OSError as problem:
         logger.error("no crash bundle could be written: %s", problem)
         return
+    finally:  # its links would keep what the run deletes
+        shutil.rmtree(partial, ignore_errors=True)
     logger.critical("what is known of the step: helios replay %s", folder)
 
 

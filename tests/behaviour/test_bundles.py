@@ -142,6 +142,18 @@ def test_bundle_that_cannot_be_written_hides_nothing(tmp_path, capsys):
     assert not folder.exists()
 
 
+def test_bundle_that_cannot_be_written_leaves_nothing_behind(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "run_crash_batch_7_rank_0").write_text("a file in the way")
+    fail(tmp_path)
+    assert "no crash bundle could be written" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "logs").iterdir()] == [
+        "run_crash_batch_7_rank_0"
+    ]
+    for path in (tmp_path / "checkpoints").rglob("*.json"):
+        assert path.stat().st_nlink == 1
+
+
 def test_samples_of_a_stream_have_no_numbers(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
