@@ -153,7 +153,7 @@ class Trainer:
         HeliosError where the data, the model or the checkpoint cannot be used, and
         whatever the user's code raises, logged first.
         """
-        prepare_replay(self)
+        prepare_replay(self, model)
         prepare_verification(self)
         if self.total_steps is None:
             raise ValueError("`total_steps` is not set; pass it to the Trainer")

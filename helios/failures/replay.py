@@ -15,6 +15,7 @@ from helios import rng
 from helios.callbacks.base import Callback
 from helios.differences import differences
 from helios.failures.bundle import REPLAYS, read_bundle
+from helios.model.model import Model
 from helios.session import Session
 
 if TYPE_CHECKING:
@@ -60,21 +61,22 @@ class Replay(NamedTuple):
     parts: int  # of each batch of the data
 
 
-def replayed(run_name: str) -> Replay | None:
-    """The replay that a run is to be, if the environment says so."""
+def replayed(run_name: str, save_name: str) -> Replay | None:
+    """The replay that a run of a model is to be, if the environment says so."""
     if (place := os.environ.get(REPLAYS)) is None:
         return None
     bundle = read_bundle(Path(place))
-    if bundle["run_name"] != run_name:
+    if (bundle["run_name"], bundle["save_name"]) != (run_name, save_name):
         return None
     last = bundle["checkpoint"]
     resume = "never" if last is None else Path(place) / last
     return Replay(resume, _UpTo(bundle), bundle["parts_of_batches"])
 
 
-def prepare_replay(trainer: Trainer) -> None:
+def prepare_replay(trainer: Trainer, model: Model) -> None:
     """Have a run be a replay, if the environment says so; another one is left alone."""
-    if (replay := replayed(trainer.run_name)) is None:
+    save_name = getattr(model, "save_name", "")  # what is no Model is refused later
+    if (replay := replayed(trainer.run_name, save_name)) is None:
         return
     trainer.resume = replay.resume
     trainer.batch_size, trainer._parts = None, replay.parts

@@ -103,7 +103,7 @@ class Session(session.Session):
         root, traced = traces(os.path.abspath(path), is_loop=True)
         callbacks = [Latecomers(is_named), *callbacks, *traced]
         resume = "auto" if traced else resume
-        if (replay := replayed(root.name)) is not None:
+        if (replay := replayed(root.name, root.name)) is not None:
             callbacks, resume = [*callbacks, replay.callback], replay.resume
             hang_timeout_s, enable_tensorboard = None, False
         check_writable(root)

@@ -297,3 +297,21 @@ def test_replay_of_several_ranks_starts_as_many(tmp_path):
     assert again.returncode == 1
     assert weights in again.stdout
     assert "REPLAYED: the step has failed again, to the bit" in again.stderr
+
+
+def test_replay_of_a_second_fit_leaves_the_first_one_to_train_as_always(tmp_path):
+    script = SCRIPT.replace(
+        "helios.Trainer(\n",
+        "train(RandomModel('first'), data, root, total_steps=3)\n"
+        "print('the first has trained', flush=True)\n"
+        "helios.Trainer(\n",
+    ).replace('run_name="failing",', "")
+    (tmp_path / "script.py").write_text(script)
+    first = run([sys.executable, "script.py", "runs", 13, 1], tmp_path)
+    weights = re.search("the weights: .*", first.stdout)[0]
+    (bundle,) = tmp_path.glob("runs/run_crash*")
+    again = run([*REPLAY, bundle], tmp_path)
+    assert again.returncode == 1
+    assert "the first has trained" in again.stdout
+    assert weights in again.stdout
+    assert "REPLAYED: the step has failed again, to the bit" in again.stderr
