@@ -66,7 +66,7 @@ LIMITS_LINES = {
     "porting.placing": 120,
     "porting.command": 90,
     "handwritten": 740,
-    "handwritten.faults": 60,
+    "handwritten.faults": 63,
     "handwritten.late": 95,
     "handwritten.variables": 260,
     "data.adopting": 300,

@@ -44,6 +44,7 @@ def ending(trainer: Trainer, engine: Engine, silent: Sequence[Any]) -> Iterator[
             error.__context__ = None
         if isinstance(error, tuple(silent)):
             return
+        refuse_success(error)
         is_first = len(failures) == 1
         what = f"rank {engine.rank} failed {place_of(trainer._session)}"
         get_root_logger().critical(
@@ -87,6 +88,15 @@ def ending(trainer: Trainer, engine: Engine, silent: Sequence[Any]) -> Iterator[
         first, raised = failures[0], None
         failures.clear()  # no frame is to keep what the traceback's frames hold
         raise first
+
+
+def refuse_success(error: BaseException) -> bool:
+    """Whether it is an exit with status 0; it gets 1, as the run is not finished."""
+    if not isinstance(error, SystemExit) or error.code not in (None, 0):
+        return False
+    error.code = 1
+    error.add_note("Helios: the run is not finished, so the exit status is 1, not 0")
+    return True
 
 
 def place_of(session: Session | None) -> str:

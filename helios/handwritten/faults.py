@@ -7,15 +7,19 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import TracebackType
+from typing import TypeVar
 
 from helios.callbacks.base import Callback, overridden
 from helios.failures.bundle import Wish, write_bundle
-from helios.failures.ending import advise, native_crashes, place_of
+from helios.failures.ending import advise, native_crashes, place_of, refuse_success
+from helios.failures.replay import Replayed
+from helios.handwritten.stopped import RunStopped
 from helios.session import Session
 
 #: Going back would be the loop's business, which goes on behind its batch.
 POLICIES = ("warn", "stop", "skip", None)
 _TOLD = "_helios_has_told"  # of an exception
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -27,7 +31,7 @@ def failures_told(session: Session, wish: Wish) -> Iterator[Callable[..., None]]
     is_open = True
 
     def tell(error: BaseException) -> None:
-        if hasattr(error, _TOLD) or isinstance(error, SystemExit):
+        if hasattr(error, _TOLD):
             return
         setattr(error, _TOLD, True)
         advise(error, session)
@@ -45,7 +49,7 @@ def failures_told(session: Session, wish: Wish) -> Iterator[Callable[..., None]]
     def hook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        if is_open:
+        if is_open and not isinstance(error, SystemExit):
             tell(error)
         before(kind, error, trace)
 
@@ -57,3 +61,16 @@ def failures_told(session: Session, wish: Wish) -> Iterator[Callable[..., None]]
         is_open = False  # another session's may lie on top
         if sys.excepthook is hook:
             sys.excepthook = before
+
+
+def passed_on(given: Iterator[T], tell: Callable[..., None]) -> Iterator[T]:
+    """Give a loop what is for it; an exit from there with status 0 is a failure.
+
+    One that the loop itself asks for does not come by here: it is the loop's business.
+    """
+    try:
+        yield from given
+    except SystemExit as error:
+        if not isinstance(error, RunStopped | Replayed) and refuse_success(error):
+            tell(error)
+        raise

@@ -27,7 +27,7 @@ from helios.failures.bundle import Wish
 from helios.failures.replay import replayed
 from helios.handwritten.arguments import Attributes, check_arguments, settings_of
 from helios.handwritten.batches import Batches
-from helios.handwritten.faults import failures_told
+from helios.handwritten.faults import failures_told, passed_on
 from helios.handwritten.late import Latecomers
 from helios.handwritten.parts import TRAIN, Held, Loaders, check_ranks, engine_for
 from helios.handwritten.stopped import finish_run, stopped_run, warn_if_finished_here
@@ -177,7 +177,7 @@ class Session(session.Session):
         trace: TracebackType | None,
     ) -> None:
         try:
-            if error is not None:
+            if error is not None and not isinstance(error, SystemExit):
                 self._tell(error)
         finally:
             self._train = None  # which ends it now, and not with the interpreter
@@ -225,7 +225,7 @@ class Session(session.Session):
         self._run = Run(self, self._model, self._loaders, self._was_resumed)
         self._events = self._run.boundaries()
         self._variables.names = names_in(carry)
-        return self._epochs(self._run, self._variables.caller())
+        return passed_on(self._epochs(self._run, self._variables.caller()), self._tell)
 
     def _epochs(self, run: Run, caller: FrameType | None) -> Iterator[int]:
         guards, state = self._guards, self.state
@@ -292,13 +292,13 @@ class Session(session.Session):
         name = self._loaders.name_of(loader)
         length = partial(self._loaders.length, name)
         if name != TRAIN:
-            return Batches(self._other_batches(name), length)
+            return Batches(passed_on(self._other_batches(name), self._tell), length)
         if self._run is None or self._train is not None:
             raise DataError(
                 "the batches to train on must be read once in each turn of a loop over "
                 "`session.epochs(...)`; make as many epochs as you want to read"
             )
-        self._train = self._train_batches(self._run)
+        self._train = passed_on(self._train_batches(self._run), self._tell)
         return Batches(self._train, length)
 
     def _train_batches(self, run: Run) -> Iterator[Any]:

@@ -230,6 +230,47 @@ def test_interrupt_is_told_as_an_exception_is(tmp_path, capsys, place):
     assert get_root_logger().handlers == []
 
 
+class ExitingItem(IndexDataset):
+    def __getitem__(self, index):
+        return sys.exit() if index == 3 else index
+
+
+def leave(*args, **kwargs):
+    sys.exit(0)
+
+
+EXITS = {
+    "model: setup": (failing(IdModel, "setup", leave), Data, BEFORE),
+    "model: train_step": (failing(IdModel, "train_step", leave), Data, STEP),
+    "model: valid_step": (failing(IdModel, "valid_step", leave), Data, VALID),
+    "data: teardown": (IdModel, failing(Data, "teardown", leave), END),
+    "data set": (IdModel, lambda: Data(ExitingItem), LOADING),
+}
+
+
+@pytest.mark.parametrize("place", EXITS)
+def test_exit_within_a_run_does_not_pass_for_its_end(tmp_path, capsys, place):
+    model, data, where = EXITS[place]
+    with pytest.raises(SystemExit) as caught:
+        train(model(), data(), tmp_path, **OPTIONS)
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert re.search(f"rank 0 failed {where}", said), said
+    assert "the run is not finished, so the exit status is 1, not 0" in said
+
+
+@pytest.mark.parametrize(
+    ("code", "silent"), [(3, []), ("in words", []), (0, [SystemExit])]
+)
+def test_exit_with_a_status_of_its_own_or_that_is_wanted_is_left_alone(
+    tmp_path, code, silent
+):
+    model = failing(IdModel, "train_step", lambda *_: sys.exit(code))()
+    with pytest.raises(SystemExit) as caught:
+        train(model, Data(), tmp_path, **OPTIONS, train_exceptions=silent)
+    assert caught.value.code == code
+
+
 @pytest.mark.parametrize("place", ["teardown", "on_exception", "tracker", "saved"])
 def test_failure_of_the_end_itself_hides_neither_the_first_one_nor_the_others(
     tmp_path, capsys, place
@@ -296,6 +337,8 @@ class Model(IdModel):
     def train_step(self, batch, state):
         if sys.argv[1] == "native":
             ctypes.string_at(0)
+        if sys.argv[1] == "exit":
+            sys.exit()
         raise {"error": ValueError, "interrupt": KeyboardInterrupt}[sys.argv[1]]("here")
 
 helios.Trainer(
@@ -316,7 +359,9 @@ def run_script(folder, *args, script=SCRIPT):
     )
 
 
-@pytest.mark.parametrize(("kind", "code"), [("error", 1), ("interrupt", 130)])
+@pytest.mark.parametrize(
+    ("kind", "code"), [("error", 1), ("interrupt", 130), ("exit", 1)]
+)
 def test_failed_run_ends_with_an_exit_status_that_says_so(tmp_path, kind, code):
     done = run_script(tmp_path, kind, tmp_path)
     assert done.returncode in (code, -2), done.stderr

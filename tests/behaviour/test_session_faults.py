@@ -220,6 +220,49 @@ def run(*command, cwd, **env):
     )
 
 
+EXITING = SCRIPT.replace(
+    "options = ",
+    """
+class Exiting(helios.Callback):
+    def on_training_batch_end(self, session):
+        if os.environ["FROM"] == "callback" and session.state.global_iteration == 7:
+            sys.exit(0)
+
+class Rows(TensorDataset):
+    def __getitem__(self, index):
+        if os.environ["FROM"] == "data set" and index == 7:
+            sys.exit()
+        return super().__getitem__(index)
+
+rows = Rows(torch.randn(20, 3))
+loader = accelerator.prepare(DataLoader(rows, batch_size=4, shuffle=True))
+options = {"callbacks": [Exiting()]} if os.environ["FROM"] == "callback" else """,
+)
+
+
+@pytest.mark.parametrize(
+    ("place", "is_inside", "code"),
+    [("callback", False, 1), ("data set", True, 1), ("loop", True, 0)],
+)
+def test_exit_from_within_a_session_does_not_pass_for_its_end(
+    tmp_path, place, is_inside, code
+):
+    script = EXITING
+    if is_inside:  # a `with` around the loop
+        head, loop, body = script.partition("for _epoch")
+        body = (loop + body).replace("\n", "\n    ")
+        script = f"{head}with session:\n    {body}\n"
+    does = {"AT": "7", "DO": "sys.exit(0)"} if place == "loop" else {}
+    (tmp_path / "exiting.py").write_text(script)
+    done = run("exiting.py", cwd=tmp_path, FROM=place, **does)
+    assert done.returncode == code, done.stderr
+    assert "trained:" not in done.stdout
+    note = "the run is not finished, so the exit status is 1, not 0"
+    assert done.stderr.count(note) == code
+    assert done.stderr.count("rank 0 failed") == code
+    assert "finished after" not in done.stderr
+
+
 def trained(done):
     assert done.returncode == 0, done.stderr
     return re.search("trained: .*", done.stdout)[0]
