@@ -25,7 +25,7 @@ from helios.state import TrainingState
 
 POLICIES = ("warn", "stop", "skip", "rollback", None)
 # In what a rank has read, which is saved with it.
-LEFT_OUT, SKIPPED, BUFFERS = "left_out", "skipped_steps", "buffers_before"
+LEFT_OUT, SKIPPED, BUFFERS = "left_out_steps", "skipped_steps", "buffers_before"
 WINDOW = "seen_in_window"
 REASON = "numbers have gone bad"  # for a stop
 _WARN_EVERY = 32  # batches

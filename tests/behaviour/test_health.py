@@ -265,7 +265,7 @@ class StopAfterReturn(helios.Callback):
     """Asks to stop before the batch that is left out."""
 
     def on_training_batch_end(self, session):
-        has_returned = session.reading.get("left_out") == [5]
+        has_returned = session.reading.get("left_out_steps") == [5]
         if has_returned and session.state.global_iteration == 5:
             session.request_stop("the test")
 
