@@ -86,6 +86,8 @@ class Session:
         self.journal = Journal(self)
         #: Called on all ranks; what it raises keeps them from saving.
         self.before_save: Callable[[], None] = lambda: None
+        #: Called where the run has failed: tells what was seen, and not told yet.
+        self.tell_unread: Callable[[], None] = lambda: None
         self._own = f"rank_{engine.rank}"
         self._reading = partial(reading, is_shown=shows_progress and engine.is_main)
 

@@ -39,7 +39,7 @@ LIMITS_LINES = {
     "voting": 60,
     "wires": 130,
     "launcher": 130,
-    "health": 425,
+    "health": 449,
     "health.numbers": 70,
     "failures": 420,
     "verifying": 550,

@@ -66,6 +66,8 @@ def ending(trainer: Trainer, engine: Engine, silent: Sequence[Any]) -> Iterator[
     model, datamodule = trainer.model, trainer.datamodule
     session = trainer._session
     if raised is not None:
+        if session is not None:
+            session.tell_unread()
         advise(raised, session)
         note(raised)
         if session is not None and not isinstance(raised, tuple(silent)):

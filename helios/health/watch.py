@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -31,6 +32,8 @@ REASON = "numbers have gone bad"  # for a stop
 _WARN_EVERY = 32  # batches
 _AHEAD = 8  # copies that may be under way
 _GRADIENT = "gradient"
+# With a device, in a run that has failed: it may fail too, or wait for other ranks.
+_PATIENCE_S = 5.0
 
 Step: TypeAlias = Callable[[Any, TrainingState], None]
 
@@ -147,6 +150,7 @@ class Health:
         found = [f for f in engine.gather_objects(self._found) if f is not None]
         where = min((f.where for f in found), key=lambda w: w.batch)
         reason = "; ".join(f.what for f in found if f.where.batch == where.batch)
+        self._found = None  # told by what is raised
         if self._policy == "stop":
             is_there = self._has_checkpoint()
             last = "The last checkpoint is" if is_there else "There is no checkpoint"
@@ -157,6 +161,30 @@ class Health:
                 f'`bad_numbers="skip"`{other}'
             )
         raise RollBack(where.step - 1, where.batch - where.number % window, reason)
+
+    def tell_unread(self) -> None:
+        """Write down what was not told, as the run has failed; any rank, by itself."""
+        found = [] if self._found is None else [self._found]
+        copies, unread = self._copies, [*self._window, *self._open]
+        if self._values:
+            unread.append((self._where(), self._values))
+        self._window, self._open, self._values, self._copies = [], [], [], []
+
+        def read() -> None:
+            with contextlib.suppress(Exception):
+                for batches, numbers, event in copies:
+                    if event is not None:
+                        event.synchronize()
+                    found.extend(self._bad(batches, numbers.tolist()))
+                for batch in unread:
+                    found.extend(self._bad([batch], together(batch[1]).tolist()))
+
+        reader = threading.Thread(target=read, name="helios-numbers", daemon=True)
+        with contextlib.suppress(BaseException):  # the run's own failure comes first
+            reader.start()
+            reader.join(_PATIENCE_S)
+            if found:
+                self._warn(found)
 
     def _has_checkpoint(self) -> bool:
         """Whether the run has made or taken up one; every rank must call."""
@@ -184,6 +212,8 @@ class Health:
         calls.backward = watched
         self._undo.callback(give_back)
         self._session.before_save = self.settle
+        self._session.tell_unread = self.tell_unread
+        self._undo.callback(setattr, self._session, "tell_unread", lambda: None)
         for optimizer in self._model._holdings().optimizers.values():
             if self._policy == "skip":
                 self._guard(optimizer)
@@ -253,17 +283,20 @@ class Health:
                 self._report(found)
 
     def _report(self, found: list[Found]) -> None:
-        session = self._session
         if self._policy in ("stop", "rollback"):
             if self._found is None:
                 self._found = found[0]
-                session.stops.request(f"{REASON}: {found[0].what}", is_own=True)
+                reason = f"{REASON}: {found[0].what}"
+                self._session.stops.request(reason, is_own=True)
             return
-        more = ""
+        self._warn(found)
+
+    def _warn(self, found: list[Found]) -> None:
+        more, told = "", "NUMBERS HAVE GONE BAD: %s%s"
         if len(found) > 1:
             more = f"; and in {len(found) - 1} more batches, to step "
             more += f"{found[-1].where.step}"
-        session.logger.warning("NUMBERS HAVE GONE BAD: %s%s", found[0].what, more)
+        self._session.logger.warning(told, found[0].what, more)
 
     def _bad(self, batches: list[Watched], numbers: list[float]) -> list[Found]:
         """What is bad, batch by batch; `numbers` are those of all values, in turn."""

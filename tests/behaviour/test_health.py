@@ -115,6 +115,28 @@ def test_bad_numbers_are_told_before_the_run_ends_and_soon(tmp_path, capsys):
     assert "step 3 " in said[told[0]]
 
 
+@pytest.mark.parametrize(
+    ("policy", "later"),  # the others have dealt with it by then
+    [("warn", 0), ("stop", 0), ("skip", 0), ("rollback", 0), ("warn", 1)],
+)
+def test_bad_numbers_are_told_before_the_failure_that_comes_of_them(
+    tmp_path, capsys, policy, later
+):
+    class Failing(Spoiled):
+        def backward(self, loss):
+            super().backward(loss)
+            assert self._session.state.global_iteration != 2 + later
+
+    options = {"total_steps": 1, "bad_numbers": policy, "chkpt_frequency": 1}
+    with pytest.raises(AssertionError):
+        train(Failing(2), IndexData(8), tmp_path, **options)
+    told, _, after = capsys.readouterr().err.partition("rank 0 failed in step")
+    bad = "NUMBERS HAVE GONE BAD: rank 0: loss is nan"
+    assert bad in told
+    assert "at step 3 (epoch 0, batch 2), samples [2]" in told
+    assert "GONE BAD" not in after
+
+
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_stop_ends_the_run_before_anything_more_is_saved(tmp_path, kind, window):

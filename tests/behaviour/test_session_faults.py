@@ -36,6 +36,18 @@ def test_bad_numbers_are_told_with_rank_step_and_samples(tmp_path, capsys):
     assert re.search(f"NUMBERS HAVE GONE BAD: {words}{samples}", said)
 
 
+def test_bad_numbers_are_told_before_the_failure_that_comes_of_them(tmp_path, capsys):
+    class Failing(ByHand):
+        def validate(self, session, stops):
+            raise ValueError("on purpose")
+
+    trained = Failing(tmp_path / "run", spoiled=[3], options={"bad_numbers": "warn"})
+    with pytest.raises(ValueError, match="on purpose"):
+        trained.run()
+    told, _, _ = capsys.readouterr().err.partition("ValueError: on purpose")
+    assert "NUMBERS HAVE GONE BAD: rank 0: " in told
+
+
 @pytest.mark.parametrize("policy", ["warn", "stop", "skip"])
 def test_good_numbers_are_left_alone_by_every_policy(tmp_path, capsys, policy):
     plain = loop(tmp_path / "plain", None).chained()
