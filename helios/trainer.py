@@ -26,7 +26,7 @@ from helios.engine import Engine
 from helios.errors import DataError, LaunchError, ModelError
 from helios.evaluation import evaluate
 from helios.failures.ending import ending
-from helios.failures.replay import prepare_replay
+from helios.failures.replay import prepare_replay, restore
 from helios.health.rollback import fit
 from helios.launching import start_ranks_if_asked
 from helios.loggers.tensorboard import open_writer
@@ -223,7 +223,7 @@ class Trainer:
         common = datamodule._common(session.identity["train_data"])
         common |= {"random_seed": self.seed, **vars(session.schedule)}
         fingerprint.check_agreement(engine.gather_objects(common))
-        was_resumed = session.restore(self.resume, allow_inexact=self.allow_inexact)
+        was_resumed = restore(session, self.resume, allow_inexact=self.allow_inexact)
         step = session.state.current_iteration
         self._open_logs(session, purge_step=step + 1 if step else 0)
         with watched(session, self.hang_timeout_s):

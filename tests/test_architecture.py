@@ -41,7 +41,7 @@ LIMITS_LINES = {
     "launcher": 130,
     "health": 449,
     "health.numbers": 70,
-    "failures": 420,
+    "failures": 442,
     "verifying": 550,
     "verifying.forgotten": 120,
     "verifying.frames": 95,

@@ -18,6 +18,7 @@ from helios.checkpoint.codec import decode
 from helios.checkpoint.tensors import map_tensors, write_tensors
 from helios.data.batches import listed
 from helios.errors import CheckpointError
+from helios.health.watch import LEFT_OUT
 from helios.session import Session
 from helios.state import EpochStage
 
@@ -101,6 +102,7 @@ def _facts(wish: Wish, session: Session, error: BaseException) -> dict[str, Any]
             "rows_without_padding": loaded.real,
         },
         "progress": state.dict(),
+        "left_out": session.reading.get(LEFT_OUT, []),  # since the checkpoint, too
         "identity": session.identity,
         "environment": {
             "executable": sys.executable,

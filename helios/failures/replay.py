@@ -15,6 +15,7 @@ from helios import rng
 from helios.callbacks.base import Callback
 from helios.differences import differences
 from helios.failures.bundle import REPLAYS, read_bundle
+from helios.health.watch import LEFT_OUT
 from helios.model.model import Model
 from helios.session import Session
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Replayed(SystemExit):
-    """Ends a replay whose step has not failed; the exit status is 0."""
+    """Ends a replay whose step has not failed, with 0; with 1, if there is no step."""
 
 
 class _UpTo(Callback):
@@ -32,17 +33,27 @@ class _UpTo(Callback):
     def __init__(self, bundle: dict[str, Any]) -> None:
         self._bundle = bundle
         self._batch = bundle["batch"]["of_the_run"]
+        self.left_out: list[int] = bundle.get("left_out", [])
 
     def on_training_batch_end(self, session: Session) -> None:
         if session.state.global_iteration > self._batch:
             session.logger.warning("REPLAYED: the step has not failed this time")
             raise Replayed(0)
 
+    def on_training_end(self, session: Session) -> None:
+        session.logger.critical("NOT REPLAYED: training has ended %s", self._before())
+        raise Replayed(1)
+
     def on_exception(self, session: Session, error: BaseException) -> None:
+        if isinstance(error, Replayed):
+            return
+        if session.state.global_iteration < self._batch:
+            at = self._before()
+            session.logger.critical("NOT REPLAYED: the run has failed %s", at)
         if session.state.global_iteration != self._batch:
             return
         values, engine = self._bundle["values"], session.engine
-        if isinstance(error, Replayed) or engine.rank != self._bundle["rank"]:
+        if engine.rank != self._bundle["rank"]:
             return
         now = {"rng": rng.capture_rng(engine.device)}
         if "batch" in values and engine.loaded is not None:
@@ -51,6 +62,9 @@ class _UpTo(Callback):
         found = next(differences(then, {name: now[name] for name in then}, ""), None)
         said = "to the bit" if found is None else f"but `{found[0]}` is another one"
         session.logger.warning("REPLAYED: the step has failed again, %s", said)
+
+    def _before(self) -> str:
+        return f"before the step, which is that of batch {self._batch} of the run"
 
 
 class Replay(NamedTuple):
@@ -85,6 +99,18 @@ def prepare_replay(trainer: Trainer, model: Model) -> None:
     trainer.log_with = trainer.hang_timeout_s = None
     trainer._hooks = [*trainer._hooks, replay.callback]
     trainer.train_exceptions = [*trainer.train_exceptions, Replayed]
+
+
+def restore(session: Session, resume: Any, *, allow_inexact: bool) -> bool:
+    """:meth:`Session.restore`; a replay also leaves out what the run had left out.
+
+    It may have done so since its checkpoint, to which it has gone back.
+    """
+    was_resumed = session.restore(resume, allow_inexact=allow_inexact)
+    for callback in session.callbacks:
+        if isinstance(callback, _UpTo):
+            session.reading[LEFT_OUT] = callback.left_out
+    return was_resumed
 
 
 def start(folder: Path) -> int:

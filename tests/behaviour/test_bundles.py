@@ -315,3 +315,65 @@ def test_replay_of_a_second_fit_leaves_the_first_one_to_train_as_always(tmp_path
     assert "the first has trained" in again.stdout
     assert weights in again.stdout
     assert "REPLAYED: the step has failed again, to the bit" in again.stderr
+
+
+WENT_BACK = """
+import math, os, sys
+import helios
+from support import IdModel, IndexData
+
+class Model(IdModel):
+    last = None
+    def train_step(self, batch, state):
+        at = state.global_iteration
+        loss = 0.001 * self.net(batch.float()[:, None]).square().mean()
+        self.backward(loss * math.nan if at == int(sys.argv[1]) else loss)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        was, self.last = self.last, at
+        if at == 6 and was == 4:  # behind a batch that is left out
+            print("the weight:", self.net.weight.item().hex(), flush=True)
+            raise ValueError("on purpose")
+
+helios.Trainer(
+    use_cpu=True, train_unit="iteration", total_steps=int(sys.argv[2]),
+    chkpt_frequency=4, chkpt_root="runs", log_root="runs", bad_numbers="rollback",
+    print_banner=False,
+).fit(Model(), IndexData(20))
+"""
+
+
+def went_back(folder):
+    (folder / "script.py").write_text(WENT_BACK)
+    first = run([sys.executable, "script.py", 5, 8], folder)
+    (bundle,) = folder.glob("runs/run_crash*")
+    return first, bundle
+
+
+def test_replay_leaves_out_what_the_run_has_left_out_since_its_checkpoint(tmp_path):
+    first, bundle = went_back(tmp_path)
+    weight = re.search("the weight: .*", first.stdout)[0]
+    record = json.loads((bundle / "bundle.json").read_text())
+    assert record["left_out"] == [5]
+    again = run([*REPLAY, bundle], tmp_path)
+    assert again.returncode == 1
+    assert weight in again.stdout, again.stderr
+    assert "REPLAYED: the step has failed again, to the bit" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [("five 8", "the run has failed"), ("5 5", "training has ended")],
+)
+def test_replay_that_does_not_come_to_the_step_says_so(tmp_path, arguments, said):
+    _, bundle = went_back(tmp_path)
+    text = (bundle / "bundle.json").read_text()
+    arguments = ",".join(f'\n      "{one}"' for one in arguments.split())
+    changed = re.sub(r'(?<="script.py",)\s+"5",\s+"8"', arguments, text)
+    assert changed != text
+    (bundle / "bundle.json").write_text(changed)
+    again = run([*REPLAY, bundle], tmp_path)
+    assert again.returncode == 1, again.stderr
+    at = "before the step, which is that of batch 6 of the run"
+    assert f"NOT REPLAYED: {said} {at}" in again.stderr
+    assert again.stderr.count("REPLAYED") == 1
