@@ -21,7 +21,7 @@ from helios.loggers.text import get_root_logger
 from helios.stopping.clocks import Alarms, Interrupts
 from helios.stopping.ranks import mark_stopped, starter_folder
 from helios.stopping.slurm import requeue
-from helios.stopping.status import EXIT_INTERRUPTED, exit_status
+from helios.stopping.status import EXIT_INTERRUPTED, exit_status, freeze_imports
 
 #: A file of this name in the folder of the checkpoints asks for a stop.
 STOP_FILE = "stop"
@@ -280,6 +280,7 @@ def _be_deaf() -> None:
 
 
 os.register_at_fork(after_in_child=_be_deaf)
+freeze_imports()  # when torch and Accelerate have been imported, above
 
 
 def _end_rank() -> NoReturn:

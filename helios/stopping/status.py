@@ -52,6 +52,17 @@ def end_soon() -> None:
     _is_to_end_soon = True
 
 
+def freeze_imports() -> None:
+    """In a rank that Helios has started, have garbage not looked for in what is there.
+
+    That is torch, mostly: at the end of a process Python looks through it four times.
+    What a program makes later is not concerned.
+    """
+    if starter_folder() is not None:
+        gc.collect()  # what is garbage by now would stay
+        gc.freeze()
+
+
 @atexit.register  # as Helios is imported: after what the program registers
 def _end() -> None:
     if _was_stopped:  # and saved: who asks a second time gets the same status

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from helios.stopping.ranks import STARTER, STARTER_FOLDER
+
 SCRIPT = """
 import atexit, sys
 from helios.stopping.status import end_soon
@@ -99,3 +101,27 @@ def test_garbage_is_looked_for_if_it_has_something_to_do(tmp_path, what):
     if what == "archive":
         with gzip.open(tmp_path / "archive", "rt") as file:
             assert file.read() == "kept"
+
+
+IMPORTS = """
+import gc, helios
+assert helios.Trainer
+print(gc.get_freeze_count() > 100_000)
+"""
+
+
+@pytest.mark.parametrize("is_started", [True, False])
+def test_ranks_that_helios_starts_spare_the_collector_what_is_imported(
+    tmp_path, is_started
+):
+    variables = {STARTER: f"{os.getpid()}", STARTER_FOLDER: f"{tmp_path}"}
+    variables |= {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS],
+        env={**os.environ, **variables} if is_started else None,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == f"{is_started}\n"
