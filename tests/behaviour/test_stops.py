@@ -540,3 +540,21 @@ def test_signal_that_comes_too_late_for_the_training_stops_the_test(
         assert receive(pipe) == [True, False]
         assert (file.read_text() if file.exists() else None) == asked
         assert receive(pipe) == [True, False]
+
+
+class Lingering(IndexData):
+    """Does not come to the end of its last duty."""
+
+    def teardown(self):
+        forever()
+
+
+def finish_and_linger(pipe, root):
+    late = Late(signal.SIGTERM)
+    train(IdModel(), Lingering(), root, late, total_steps=1, stop_grace_s=1)
+
+
+def test_signal_behind_the_last_step_has_its_limit_of_time_too(tmp_path):
+    with child(finish_and_linger, tmp_path) as (process, _):
+        process.join(TIMEOUT_S)
+        assert process.exitcode == helios.EXIT_STOPPED
