@@ -29,20 +29,24 @@ later = []
 """
 
 
+def run(script, *arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 def test_files_that_nobody_has_closed_are_written_where_garbage_is_not_looked_for(
     tmp_path,
 ):
     for how in ("as ever", "soon"):
         (tmp_path / how).mkdir()
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, how],
-            cwd=tmp_path / how,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        done = run(SCRIPT, how, cwd=tmp_path / how)
         assert (done.returncode, done.stderr) == (0, "")
         for name in ("text", "data", "closed", "later"):
             assert (tmp_path / how / name).read_text() == "kept", (how, name)
@@ -86,15 +90,7 @@ else:
 
 @pytest.mark.parametrize("what", ["object", "generator", "archive", "nothing"])
 def test_garbage_is_looked_for_if_it_has_something_to_do(tmp_path, what):
-    done = subprocess.run(
-        [sys.executable, "-c", ENDINGS, what],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run(ENDINGS, what, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     told = {"archive": "looked\n", "nothing": "frozen\n"}
     assert done.stdout == told.get(what, "looked\ntold\n")
