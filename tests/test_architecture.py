@@ -39,7 +39,7 @@ LIMITS_LINES = {
     "voting": 60,
     "wires": 130,
     "launcher": 130,
-    "health": 449,
+    "health": 454,
     "health.numbers": 70,
     "failures": 444,
     "verifying": 550,

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helios.checkpoint import find_damage
+from helios.checkpoint.records import read_record
 from helios.data.datamodule import DataModule
-from helios.errors import BadNumbersError
+from helios.errors import BadNumbersError, CheckpointError
 from helios.health.watch import LEFT_OUT, Health, RollBack
 from helios.loop import OF_ANOTHER, Run
 from helios.model.model import Model
@@ -69,7 +70,11 @@ def _find(session: Session, wish: RollBack) -> Path:
     if saver is not None:
         saver.complete()
         saver.finish()
-        known = saver.own() if session.engine.is_main else {}
+    if session.engine.is_main:
+        known = {} if saver is None else {**saver.own()}
+        if session.base is not None:  # which may lie in another folder
+            with contextlib.suppress(CheckpointError):
+                known.setdefault(session.base, read_record(session.base))
         before = [
             path
             for path, record in known.items()

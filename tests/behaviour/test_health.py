@@ -320,6 +320,14 @@ def others(tmp_path):
     return CheckpointStore(tmp_path / "ids").list()
 
 
+def test_way_back_leads_to_what_was_taken_up_from_another_folder(
+    tmp_path, others, capsys
+):
+    model = go_back(tmp_path / "new", 9, resume=others[-2])
+    assert f"goes back to {others[-2].name}," in capsys.readouterr().err
+    assert [batch for [batch] in model.batches[:8]] == [4, 5, 6, 7, 8, 9, 4, 5]
+
+
 def go_back(root, bad, **options):
     model = Spoiled(bad)
     options |= {**IN_STEPS, "accumulation_steps": 2, "bad_numbers": "rollback"}
