@@ -87,7 +87,7 @@ class Session:
         #: Called on all ranks; what it raises keeps them from saving.
         self.before_save: Callable[[], None] = lambda: None
         #: Called where the run has failed: tells what was seen, and not told yet.
-        self.tell_unread: Callable[[], None] = lambda: None
+        self.tell_unread: Callable[[BaseException], None] = lambda error: None
         self._own = f"rank_{engine.rank}"
         self._reading = partial(reading, is_shown=shows_progress and engine.is_main)
 

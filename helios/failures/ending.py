@@ -67,7 +67,7 @@ def ending(trainer: Trainer, engine: Engine, silent: Sequence[Any]) -> Iterator[
     session = trainer._session
     if raised is not None:
         if session is not None:
-            session.tell_unread()
+            session.tell_unread(raised)
         advise(raised, session)
         note(raised)
         if session is not None and not isinstance(raised, tuple(silent)):

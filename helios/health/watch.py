@@ -33,7 +33,7 @@ _WARN_EVERY = 32  # batches
 _AHEAD = 8  # copies that may be under way
 _GRADIENT = "gradient"
 # With a device, in a run that has failed: it may fail too, or wait for other ranks.
-_PATIENCE_S = 5.0
+_PATIENCE_S, _HASTE_S = 5.0, 0.5  # interrupted, it has two in all
 
 Step: TypeAlias = Callable[[Any, TrainingState], None]
 
@@ -162,7 +162,7 @@ class Health:
             )
         raise RollBack(where.step - 1, where.batch - where.number % window, reason)
 
-    def tell_unread(self) -> None:
+    def tell_unread(self, error: BaseException) -> None:
         """Write down what was not told, as the run has failed; any rank, by itself."""
         found = [] if self._found is None else [self._found]
         copies, unread = self._copies, [*self._window, *self._open]
@@ -182,7 +182,7 @@ class Health:
         reader = threading.Thread(target=read, name="helios-numbers", daemon=True)
         with contextlib.suppress(BaseException):  # the run's own failure comes first
             reader.start()
-            reader.join(_PATIENCE_S)
+            reader.join(_PATIENCE_S if isinstance(error, Exception) else _HASTE_S)
             if found:
                 self._warn(found)
 
@@ -213,7 +213,7 @@ class Health:
         self._undo.callback(give_back)
         self._session.before_save = self.settle
         self._session.tell_unread = self.tell_unread
-        self._undo.callback(setattr, self._session, "tell_unread", lambda: None)
+        self._undo.callback(setattr, self._session, "tell_unread", lambda error: None)
         for optimizer in self._model._holdings().optimizers.values():
             if self._policy == "skip":
                 self._guard(optimizer)

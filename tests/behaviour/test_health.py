@@ -4,6 +4,8 @@ import itertools
 import math
 import os
 import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -139,6 +141,42 @@ def test_bad_numbers_are_told_before_the_failure_that_comes_of_them(
 
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
+class Busy:
+    """Stands for a device whose copy to the host is not done."""
+
+    def __init__(self):
+        self.is_over = threading.Event()
+
+    def query(self):
+        return False
+
+    def synchronize(self):
+        self.is_over.wait(60)
+
+
+def test_who_interrupts_a_run_waits_for_its_device_no_longer_than_there_is(
+    tmp_path, capsys
+):
+    busy = Busy()
+
+    class Interrupt(helios.Callback):
+        def on_training_batch_end(self, session):
+            health = session.tell_unread.__self__
+            health._copies.append(([], torch.zeros(0), busy))
+            self.began_s = time.monotonic()
+            raise KeyboardInterrupt
+
+        def on_exception(self, session, error):
+            self.took_s = time.monotonic() - self.began_s
+
+    interrupt = Interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        train(IdModel(), IndexData(8), None, interrupt, total_steps=1)
+    busy.is_over.set()
+    assert "rank 0 failed" in capsys.readouterr().err
+    assert interrupt.took_s < 1.5  # two seconds after the signal all is ended
+
+
 def test_stop_ends_the_run_before_anything_more_is_saved(tmp_path, kind, window):
     options = {"chkpt_frequency": 1, "accumulation_steps": window, "total_steps": 8}
     options |= {"train_unit": "iteration", "bad_numbers": "stop"}
