@@ -13,6 +13,7 @@ from helios.callbacks.base import Callback, overridden
 from helios.data.fetching import shape_of
 from helios.engine import Engine
 from helios.failures.bundle import Wish, write_bundle
+from helios.failures.replay import refuse_end
 from helios.health.numbers import samples_of
 from helios.loggers.tensorboard import open_writer
 from helios.loggers.text import get_root_logger
@@ -61,6 +62,7 @@ def ending(trainer: Trainer, engine: Engine, silent: Sequence[Any]) -> Iterator[
     try:
         with native_crashes():
             yield
+            refuse_end(trainer._hooks)
     except BaseException as error:
         raised = error
     model, datamodule = trainer.model, trainer.datamodule

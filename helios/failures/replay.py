@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from helios.callbacks.base import Callback
 from helios.differences import differences
 from helios.failures.bundle import REPLAYS, read_bundle
 from helios.health.watch import LEFT_OUT
+from helios.loggers.text import get_root_logger
 from helios.model.model import Model
 from helios.session import Session
 
@@ -33,23 +35,25 @@ class _UpTo(Callback):
     def __init__(self, bundle: dict[str, Any]) -> None:
         self._bundle = bundle
         self._batch = bundle["batch"]["of_the_run"]
+        self._has_told = False
         self.left_out: list[int] = bundle.get("left_out", [])
 
     def on_training_batch_end(self, session: Session) -> None:
         if session.state.global_iteration > self._batch:
             session.logger.warning("REPLAYED: the step has not failed this time")
+            self._has_told = True
             raise Replayed(0)
 
     def on_training_end(self, session: Session) -> None:
-        session.logger.critical("NOT REPLAYED: training has ended %s", self._before())
+        self.tell_unreplayed("training has ended")
         raise Replayed(1)
 
     def on_exception(self, session: Session, error: BaseException) -> None:
         if isinstance(error, Replayed):
             return
         if session.state.global_iteration < self._batch:
-            at = self._before()
-            session.logger.critical("NOT REPLAYED: the run has failed %s", at)
+            self.tell_unreplayed("the run has failed")
+        self._has_told = True
         if session.state.global_iteration != self._batch:
             return
         values, engine = self._bundle["values"], session.engine
@@ -63,8 +67,13 @@ class _UpTo(Callback):
         said = "to the bit" if found is None else f"but `{found[0]}` is another one"
         session.logger.warning("REPLAYED: the step has failed again, %s", said)
 
-    def _before(self) -> str:
-        return f"before the step, which is that of batch {self._batch} of the run"
+    def tell_unreplayed(self, what: str) -> None:
+        """Say that there was no such step, unless that, or how it went, was said."""
+        if not self._has_told:
+            self._has_told = True
+            which = f"that of batch {self._batch} of the run"
+            words = "NOT REPLAYED: %s before the step, which is %s"
+            get_root_logger().critical(words, what, which)
 
 
 class Replay(NamedTuple):
@@ -94,11 +103,30 @@ def prepare_replay(trainer: Trainer, model: Model) -> None:
         return
     trainer.resume = replay.resume
     trainer.batch_size, trainer._parts = None, replay.parts
+    trainer.max_time_s = None
     trainer.chkpt_root = trainer.log_root = trainer.log_path = trainer.run_path = None
     trainer.enable_file_logging = trainer.enable_tensorboard = False
     trainer.log_with = trainer.hang_timeout_s = None
     trainer._hooks = [*trainer._hooks, replay.callback]
     trainer.train_exceptions = [*trainer.train_exceptions, Replayed]
+
+
+def tell_unreplayed(callbacks: Iterable[Callback], what: str = "it has ended") -> bool:
+    """Say of a replay that ends that there was no such step; whether it is a replay."""
+    replays = [callback for callback in callbacks if isinstance(callback, _UpTo)]
+    for replay in replays:
+        replay.tell_unreplayed(what)
+    return bool(replays)
+
+
+def refuse_end(callbacks: Iterable[Callback]) -> None:
+    """End a replay that was stopped; another run is left alone.
+
+    Raises:
+        Replayed: it is one.
+    """
+    if tell_unreplayed(callbacks, "training was stopped"):
+        raise Replayed(1)
 
 
 def restore(session: Session, resume: Any, *, allow_inexact: bool) -> bool:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from helios.callbacks.base import Callback, overridden
 from helios.failures.bundle import Wish, write_bundle
 from helios.failures.ending import advise, native_crashes, place_of, refuse_success
-from helios.failures.replay import Replayed
+from helios.failures.replay import Replayed, tell_unreplayed
 from helios.handwritten.stopped import RunStopped
 from helios.session import Session
 
@@ -59,6 +59,7 @@ def failures_told(session: Session, wish: Wish) -> Iterator[Callable[..., None]]
         with native_crashes():
             yield tell
     finally:
+        tell_unreplayed(session.callbacks)
         is_open = False  # another session's may lie on top
         if sys.excepthook is hook:
             sys.excepthook = before

@@ -105,7 +105,7 @@ class Session(session.Session):
         resume = "auto" if traced else resume
         if (replay := replayed(root.name, root.name)) is not None:
             callbacks, resume = [*callbacks, replay.callback], replay.resume
-            hang_timeout_s, enable_tensorboard = None, False
+            hang_timeout_s, enable_tensorboard, max_time_s = None, False, None
         check_writable(root)
         model = Held(root.name, objects, accelerator)
         engine = model._engine = engine_for(model._holdings(), accelerator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from helios.failures.replay import refuse_end
 from helios.session import Session
 from helios.stopping.status import exit_status
 
@@ -28,6 +29,7 @@ class RunStopped(SystemExit):
 
 def stopped_run(session: Session) -> RunStopped:
     """Say that a run was stopped, and how far it has come."""
+    refuse_end(session.callbacks)
     stopped = RunStopped(session.stop_reason)
     session.logger.info("%s after %s", stopped, _progress(session))
     return stopped

@@ -330,6 +330,8 @@ class Model(IdModel):
         self.backward(loss * math.nan if at == int(sys.argv[1]) else loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if at == 4 and "STOP" in os.environ:
+            self.trainer._session.request_stop("the test")
         was, self.last = self.last, at
         if at == 6 and was == 4:  # behind a batch that is left out
             print("the weight:", self.net.weight.item().hex(), flush=True)
@@ -362,17 +364,23 @@ def test_replay_leaves_out_what_the_run_has_left_out_since_its_checkpoint(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [("five 8", "the run has failed"), ("5 5", "training has ended")],
+    ("arguments", "said", "variables"),
+    [
+        ("five 8", "the run has failed", {}),
+        ("5 5", "training has ended", {}),
+        ("5 9", "training was stopped", {"STOP": "1"}),
+    ],
 )
-def test_replay_that_does_not_come_to_the_step_says_so(tmp_path, arguments, said):
+def test_replay_that_does_not_come_to_the_step_says_so(
+    tmp_path, arguments, said, variables
+):
     _, bundle = went_back(tmp_path)
     text = (bundle / "bundle.json").read_text()
     arguments = ",".join(f'\n      "{one}"' for one in arguments.split())
     changed = re.sub(r'(?<="script.py",)\s+"5",\s+"8"', arguments, text)
     assert changed != text
     (bundle / "bundle.json").write_text(changed)
-    again = run([*REPLAY, bundle], tmp_path)
+    again = run([*REPLAY, bundle], tmp_path, **variables)
     assert again.returncode == 1, again.stderr
     at = "before the step, which is that of batch 6 of the run"
     assert f"NOT REPLAYED: {said} {at}" in again.stderr

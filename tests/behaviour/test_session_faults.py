@@ -361,6 +361,23 @@ def test_replay_runs_the_step_again_and_writes_nothing(tmp_path, batch):
     assert files_of(tmp_path / "runs") == before
 
 
+@pytest.mark.parametrize(
+    ("does", "said", "code"),
+    [
+        ("session.request_stop('the test')", "training was stopped", 1),
+        # Who leaves his loop says himself how the program ends.
+        ("sys.exit(0)", "it has ended", 0),
+    ],
+)
+def test_replay_that_does_not_come_to_the_step_says_so(tmp_path, does, said, code):
+    run(cwd=tmp_path, **FAILS)
+    (bundle,) = tmp_path.glob("runs/first_crash_*")
+    replay = ("-c", "from helios.cli import main; main()", "replay", bundle)
+    again = run(*replay, cwd=tmp_path, AT="3", DO=does)
+    assert again.returncode == code, again.stderr
+    assert again.stderr.count(f"NOT REPLAYED: {said} before the step") == 1
+
+
 def test_exception_inside_with_is_told_once(tmp_path, capsys):
     trained = ByHand(tmp_path / "run")
 
