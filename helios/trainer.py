@@ -334,10 +334,10 @@ class Trainer:
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
         """Hear what may stop one call of fit, validate or test, trials included."""
-        limits = {"max_time_s": self.max_time_s, "grace_s": self.stop_grace_s}
-        self._stops = self._stops.next(**limits)
+        self._stops = Stops(max_time_s=self.max_time_s, grace_s=self.stop_grace_s)
         with self._stops.listening():
             yield
+        self._stops.tell_late()
 
     @contextlib.contextmanager
     def _running(

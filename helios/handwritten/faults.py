@@ -34,6 +34,7 @@ def failures_told(session: Session, wish: Wish) -> Iterator[Callable[..., None]]
         if hasattr(error, _TOLD):
             return
         setattr(error, _TOLD, True)
+        session.stops.fail()
         session.tell_unread(error)
         advise(error, session)
         what = f"rank {session.engine.rank} failed {place_of(session)}"

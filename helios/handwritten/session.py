@@ -377,6 +377,7 @@ class Session(session.Session):
             self._copies.close()
             self.journal.close()
             self.engine.accelerator.sync_gradients = True
+        self.stops.tell_late()
 
     def _meet(self, boundary: Boundary) -> None:
         """Do what is due at a boundary; RunStopped, if it is to stop."""

@@ -21,7 +21,12 @@ from helios.loggers.text import get_root_logger
 from helios.stopping.clocks import Alarms, Interrupts
 from helios.stopping.ranks import mark_stopped, starter_folder
 from helios.stopping.slurm import requeue
-from helios.stopping.status import EXIT_INTERRUPTED, exit_status, freeze_imports
+from helios.stopping.status import (
+    EXIT_INTERRUPTED,
+    exit_status,
+    freeze_imports,
+    keep_status,
+)
 
 #: A file of this name in the folder of the checkpoints asks for a stop.
 STOP_FILE = "stop"
@@ -48,6 +53,8 @@ class Stops:
     """
 
     _listening: ClassVar[Stops | None] = None
+    #: Asked for by a signal, when the run that heard it was done: the next one stops.
+    _late: ClassVar[tuple[str, bool] | None] = None
 
     def __init__(
         self, *, max_time_s: float | None = None, grace_s: float | None = None
@@ -61,7 +68,8 @@ class Stops:
         self._alarms = Alarms()
         self._alarms.arm("limit", max_time_s)
         self._is_main_rank = self._has_joined = False
-        self._heard_signal = self._has_left = self._came_late = False
+        self._heard_signal = self._has_left = self._has_failed = False
+        self._came_late = False
         self._file: pathlib.Path | None = None
         self._hears = self._is_interruptible = self._was_interrupted = False
         self._ended = threading.Event()
@@ -69,14 +77,6 @@ class Stops:
         self._heard_here, self._heard_there = Interrupts(), Interrupts()
         self._before: dict[signal.Signals, Any] = {}
         self._before_fd = -1
-
-    def next(self, *, max_time_s: float | None, grace_s: float | None) -> Stops:
-        """Those of the next run, which a signal stops that this one heard too late."""
-        stops = Stops(max_time_s=max_time_s, grace_s=grace_s)
-        if self._came_late and self.reason is not None:
-            stops.wants_requeue, stops._heard_signal = self.wants_requeue, True
-            stops.request(self.reason)
-        return stops
 
     def request(self, reason: str, *, is_own: bool = False) -> None:
         """Ask for a stop; any thread. The first reason counts, but for a run's own."""
@@ -115,15 +115,20 @@ class Stops:
         self._hears = threading.current_thread() is threading.main_thread()
         if self._hears:
             self._set_handlers()
+        late, Stops._late = Stops._late, None
+        if late is not None:
+            self._heard_signal = True
+            reason, self.wants_requeue = late
+            self.request(reason)
         watch.start()
         try:
             yield
-            self._came_late = self._heard_signal and not self._has_left
-            if self._came_late:
-                mark_stopped()  # what has started the ranks cannot tell how they ended
         finally:
             if self._hears:
                 self._put_handlers_back()
+            self._came_late = self._heard_signal and not self._has_left
+            if self._came_late and not self._has_failed and self.reason is not None:
+                Stops._late = self.reason, self.wants_requeue
             self._ended.set()
             self._wake()
             watch.join()
@@ -175,9 +180,22 @@ class Stops:
             self.request("another rank asks to stop")
             raise Stopped
 
+    def fail(self) -> None:
+        """Forget the signals: the run ends by a failure."""
+        self._has_failed = True
+
+    def tell_late(self) -> None:
+        """Tell what has started this rank of a signal that has come too late.
+
+        It has got that, too, and cannot know how its ranks have ended.
+        """
+        if self._came_late and not self._has_failed:
+            mark_stopped()
+
     def leave(self, engine: Engine) -> None:
         """Do what a run does last that was stopped; every rank must call."""
         self._has_left = True
+        keep_status()
         if engine.agree(self.wants_requeue) and engine.is_main:
             self.wants_requeue = False  # so that the grace limit does not, once more
             requeue()
@@ -191,6 +209,7 @@ class Stops:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Hear a signal, in the main thread."""
         if self._heard_here.is_second(number):
+            self.fail()
             raise KeyboardInterrupt
         if number == signal.SIGUSR2:  # here alone: each asks for one
             self.request_save()

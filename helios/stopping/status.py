@@ -24,7 +24,7 @@ EXIT_INTERRUPTED = 130
 _HARMLESS = {"_io", "helios", "joblib", "numpy", "socket", "subprocess"}
 _HARMLESS |= {"torch", "tqdm"}
 
-_is_to_end_soon = _was_stopped = False
+_is_to_end_soon = False
 
 
 def exit_status() -> int:
@@ -33,13 +33,25 @@ def exit_status() -> int:
     A launcher takes a rank's for a failure, and may start it anew. A starter of our own
     is told in another way, and ends with `EXIT_STOPPED` itself.
     """
-    global _was_stopped
-    _was_stopped = True
     if starter_folder() is not None:
         mark_stopped()
         return 0
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     return EXIT_STOPPED if restarts == "0" else 0
+
+
+def keep_status() -> None:
+    """Have no SIGTERM or SIGUSR1 change the status with which this process ends.
+
+    For one whose run is stopped and saved: who asks a second time is to get the same.
+    """
+    atexit.unregister(_ignore_polite)
+    atexit.register(_ignore_polite)  # the last one: it is the first to be called
+
+
+def _ignore_polite() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def end_soon() -> None:
@@ -65,9 +77,6 @@ def freeze_imports() -> None:
 
 @atexit.register  # as Helios is imported: after what the program registers
 def _end() -> None:
-    if _was_stopped:  # and saved: who asks a second time gets the same status
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
     if _is_to_end_soon:
         _freeze()
 

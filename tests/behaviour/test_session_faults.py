@@ -16,6 +16,7 @@ from support import ByHand, Stop
 import helios
 from helios.checkpoint import find_last_checkpoint, read_checkpoint
 from helios.errors import BadNumbersError
+from helios.stopping.ranks import STARTER, STARTER_FOLDER, STOPPED
 from helios.stopping.status import EXIT_STOPPED
 
 pytestmark = pytest.mark.usefixtures("accelerator")
@@ -376,6 +377,49 @@ def test_replay_that_does_not_come_to_the_step_says_so(tmp_path, does, said, cod
     again = run(*replay, cwd=tmp_path, AT="3", DO=does)
     assert again.returncode == code, again.stderr
     assert again.stderr.count(f"NOT REPLAYED: {said} before the step") == 1
+
+
+LATE = """
+import os, signal, sys, time
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, TensorDataset
+import helios
+
+ends, is_kept = sys.argv[1], sys.argv[2] == "kept"
+accelerator = Accelerator(cpu=True)
+net = torch.nn.Linear(1, 1)
+optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+loader = DataLoader(TensorDataset(torch.ones(4)), batch_size=2)
+session = helios.Session(accelerator, "runs", loader, net=net, optimizer=optimizer)
+with session:
+    kept = session.epochs(2) if is_kept else None
+    for _epoch in kept or session.epochs(2):
+        for _ in session.batches():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM if ends != "interrupts" else signal.SIGINT)
+        if ends == "interrupts":
+            time.sleep(0.5)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(600)
+        if ends == "fails":
+            raise ValueError("on purpose")
+        break
+"""
+
+
+@pytest.mark.parametrize("reference", ["kept", "dropped"])
+@pytest.mark.parametrize(
+    ("ends", "code"), [("breaks", 0), ("fails", 1), ("interrupts", -signal.SIGINT)]
+)
+def test_starter_is_told_of_a_late_signal_unless_the_loop_has_failed(
+    tmp_path, reference, ends, code
+):
+    (tmp_path / "late.py").write_text(LATE)
+    variables = {STARTER: str(os.getpid()), STARTER_FOLDER: str(tmp_path)}
+    done = run("late.py", ends, reference, cwd=tmp_path, **variables)
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / STOPPED).exists() == (ends == "breaks")
 
 
 def test_exception_inside_with_is_told_once(tmp_path, capsys):

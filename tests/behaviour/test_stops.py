@@ -13,7 +13,16 @@ import time
 import pytest
 import torch
 import yaml
-from support import IdModel, IndexData, RandomData, RandomModel, StopAt, digest, train
+from support import (
+    ByHand,
+    IdModel,
+    IndexData,
+    RandomData,
+    RandomModel,
+    StopAt,
+    digest,
+    train,
+)
 from support.children import TIMEOUT_S, child, receive, wait_until
 
 import helios
@@ -126,18 +135,26 @@ def test_stopped_run_ends_with_a_status_of_its_own_where_that_is_asked_for(tmp_p
 
 TWICE = """
 import atexit, os, signal, sys
-atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))  # comes last
+
+def ask_again():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+if sys.argv[2] == "last":  # called last, as it is registered first
+    atexit.register(ask_again)
 
 from support import IdModel, IndexData, StopAt, train
 
-options = {"total_steps": 1, "exit_when_stopped": True}
-train(IdModel(), IndexData(), sys.argv[1], StopAt(2), **options)
+if sys.argv[2] == "first":
+    atexit.register(ask_again)
+if not train(IdModel(), IndexData(), sys.argv[1], StopAt(2), total_steps=1)[0]:
+    sys.exit(75)
 """
 
 
-def test_second_signal_does_not_change_the_status_of_a_stop(tmp_path):
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_second_signal_does_not_change_the_status_of_a_stop(tmp_path, when):
     done = subprocess.run(
-        [sys.executable, "-c", TWICE, tmp_path],
+        [sys.executable, "-c", TWICE, tmp_path, when],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         timeout=TIMEOUT_S,
         check=False,
@@ -527,19 +544,22 @@ def finish_and_test(pipe, root, environment, number):
     model, data = IdModel(), IndexData(valid=8)
     pipe.send([trainer.fit(model, data), trainer.test(model, data)])
     pipe.send([trainer.fit(model, data), trainer.test(model, data)])
+    pipe.send([trainer.fit(model, data), helios.Trainer(**options).test(model, data)])
+    pipe.send([trainer.fit(model, data), ByHand(root / "by_hand").run()])
 
 
 @pytest.mark.parametrize(
     ("number", "asked"), [(signal.SIGUSR1, "requeue 1234\n"), (signal.SIGTERM, None)]
 )
-def test_signal_that_comes_too_late_for_the_training_stops_the_test(
+def test_signal_that_comes_too_late_for_the_training_stops_what_follows(
     tmp_path, job, number, asked
 ):
     environment, file = job
     with child(finish_and_test, tmp_path / "runs", environment, number) as (_, pipe):
         assert receive(pipe) == [True, False]
         assert (file.read_text() if file.exists() else None) == asked
-        assert receive(pipe) == [True, False]
+        for _ in range(3):
+            assert receive(pipe) == [True, False]
 
 
 class Lingering(IndexData):

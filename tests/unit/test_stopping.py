@@ -13,6 +13,7 @@ from support import IdModel, IndexData, train
 import helios
 from helios.stopping.clocks import Alarms, Interrupts
 from helios.stopping.ranks import STARTER, STARTER_FOLDER, STOPPED
+from helios.stopping.requests import Stops
 from helios.stopping.slurm import requeue
 from helios.stopping.status import EXIT_STOPPED, exit_status
 from helios.stopping.validation import Frozen, Votes
@@ -121,6 +122,24 @@ def test_status_of_a_stop_is_one_that_nobody_takes_for_a_failure(
     assert exit_status() == status
     assert (tmp_path / STOPPED).exists() is is_started
     assert helios.EXIT_STOPPED == os.EX_TEMPFAIL
+
+
+def test_signal_behind_the_end_of_a_run_stops_the_next_one(monkeypatch):
+    first, second, third = Stops(), Stops(), Stops()
+    put_back = first._put_handlers_back
+
+    def ask_and_put_back():
+        os.kill(os.getpid(), signal.SIGTERM)
+        put_back()
+
+    monkeypatch.setattr(first, "_put_handlers_back", ask_and_put_back)
+    with first.listening():
+        pass
+    with second.listening():
+        assert second.reason == "received SIGTERM"
+        second.fail()
+    with third.listening():
+        assert third.reason is None
 
 
 @pytest.fixture
