@@ -139,8 +139,6 @@ def test_bad_numbers_are_told_before_the_failure_that_comes_of_them(
     assert "GONE BAD" not in after
 
 
-@pytest.mark.parametrize("window", [1, 2])
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
 class Busy:
     """Stands for a device whose copy to the host is not done."""
 
@@ -177,6 +175,8 @@ def test_who_interrupts_a_run_waits_for_its_device_no_longer_than_there_is(
     assert interrupt.took_s < 1.5  # two seconds after the signal all is ended
 
 
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_stop_ends_the_run_before_anything_more_is_saved(tmp_path, kind, window):
     options = {"chkpt_frequency": 1, "accumulation_steps": window, "total_steps": 8}
     options |= {"train_unit": "iteration", "bad_numbers": "stop"}
