@@ -49,7 +49,7 @@ LIMITS_LINES = {
     "verifying.causes": 200,
     "sizing": 145,
     "trials": 80,
-    "stopping": 571,
+    "stopping": 595,
     "stopping.clocks": 60,
     "lastwords": 30,
     "evaluation": 120,

@@ -34,6 +34,7 @@ _LOOK_EVERY_S = 1.0
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _HANDLED = (*_POLITE, signal.SIGUSR2)
 _UNWIND_S = 2.0  # after a second one, for what Python has to close
+_FORK_S = 0.05  # after a signal that came while a setup forked, until the next try
 _MEET_S = 2.0  # after a stop, for ranks that wait for each other at the start
 
 
@@ -89,10 +90,8 @@ class Stops:
         if not self._has_joined:
             self._alarms.arm("meeting", _MEET_S)
         self._wake()
-        main = threading.main_thread()
-        if self._is_interruptible and threading.current_thread() is not main:
-            assert main.ident is not None
-            signal.pthread_kill(main.ident, signal.SIGTERM)  # where it sleeps, too
+        if threading.current_thread() is not threading.main_thread():
+            self._interrupt_setup()
 
     def withdraw(self, reason: str) -> None:
         """Forget a reason of the run's own, or that one: it was done in another way."""
@@ -215,10 +214,19 @@ class Stops:
             self.request_save()
             return
         self._note(number)
-        if self._is_interruptible:
+        if _is_forking() and self._is_interruptible:
+            self._alarms.arm("interrupt", _FORK_S)  # a hook's exceptions are lost
+            self._wake()
+        elif self._is_interruptible:
             self._is_interruptible = False  # once is enough
             self._was_interrupted = True
             raise Interrupted
+
+    def _interrupt_setup(self) -> None:
+        """Have the main thread leave a part of the setup, if it is in one."""
+        main = threading.main_thread().ident
+        if self._is_interruptible and main is not None:
+            signal.pthread_kill(main, signal.SIGTERM)  # where it sleeps, too
 
     def _watch(self, read: socket.socket) -> None:
         """Hear signals, in a thread, and do what is due."""
@@ -250,6 +258,8 @@ class Stops:
             if self.wants_requeue and self._is_main_rank:
                 last_words(requeue)
             _end_rank()
+        elif name == "interrupt":
+            self._interrupt_setup()
         elif name == "setup":
             _end_rank()
         elif name == "meeting":
@@ -292,13 +302,36 @@ class Stops:
         Stops._listening = None
 
 
+# A forked child has its parent's handlers, and writes what it gets where the parent
+# listens, before any hook is called: signals wait until it has put them back.
+_forking = threading.local()
+
+
+def _is_forking() -> bool:
+    return hasattr(_forking, "mask")
+
+
+def _hold_signals() -> None:
+    if Stops._listening is not None:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+
+
+def _let_signals_come() -> None:
+    if _is_forking():
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+        del _forking.mask
+
+
 def _be_deaf() -> None:
     """Put the signals' handlers back in a forked child: its parent hears them."""
     if Stops._listening is not None:
         Stops._listening._put_handlers_back()
+    _let_signals_come()
 
 
-os.register_at_fork(after_in_child=_be_deaf)
+os.register_at_fork(
+    before=_hold_signals, after_in_parent=_let_signals_come, after_in_child=_be_deaf
+)
 freeze_imports()  # when torch and Accelerate have been imported, above
 
 

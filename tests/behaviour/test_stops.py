@@ -230,11 +230,51 @@ def in_a_pool():
     pool.join()  # it was ended by SIGTERM
 
 
-def test_processes_that_a_setup_forks_do_not_hear_for_the_run(tmp_path):
-    with child(fit_and_wait, tmp_path, "setup", in_a_pool) as (_, pipe):
+def ended_at_once():
+    for _ in range(20):  # before their first line
+        process = multiprocessing.get_context("fork").Process(target=forever)
+        process.start()
+        process.terminate()
+        process.join(TIMEOUT_S)
+        assert process.exitcode == -signal.SIGTERM
+        process.close()
+
+
+@pytest.mark.parametrize("part", [in_a_pool, ended_at_once])
+def test_processes_that_a_setup_forks_do_not_hear_for_the_run(tmp_path, part):
+    with child(fit_and_wait, tmp_path, "setup", part) as (_, pipe):
         assert receive(pipe) == "setup"
         assert receive(pipe) == "teardown"
         assert receive(pipe) is True
+
+
+FORKING = """
+import os, signal, sys, time
+
+def ask():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+os.register_at_fork(after_in_parent=ask)  # before Helios does: it is called before
+from support import IdModel, IndexData, train
+
+class Forks(IndexData):
+    def setup(self):
+        if os.fork() == 0:
+            os._exit(0)
+        time.sleep(600)
+
+sys.exit(10 + train(IdModel(), Forks(), sys.argv[1], total_steps=1)[0])
+"""
+
+
+def test_signal_that_comes_while_a_setup_forks_ends_it(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FORKING, tmp_path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 10
 
 
 @pytest.mark.parametrize("unit", ["epoch", "iteration"])
