@@ -62,7 +62,7 @@ def ending(trainer: Trainer, engine: Engine, silent: Sequence[Any]) -> Iterator[
     try:
         with native_crashes():
             yield
-            refuse_end(trainer._hooks)
+            refuse_end(trainer._hooks, "training was stopped")
     except BaseException as error:
         raised = error
     model, datamodule = trainer.model, trainer.datamodule

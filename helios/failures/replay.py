@@ -45,8 +45,7 @@ class _UpTo(Callback):
             raise Replayed(0)
 
     def on_training_end(self, session: Session) -> None:
-        self.tell_unreplayed("training has ended")
-        raise Replayed(1)
+        refuse_end([self], "training has ended")
 
     def on_exception(self, session: Session, error: BaseException) -> None:
         if isinstance(error, Replayed):
@@ -67,13 +66,18 @@ class _UpTo(Callback):
         said = "to the bit" if found is None else f"but `{found[0]}` is another one"
         session.logger.warning("REPLAYED: the step has failed again, %s", said)
 
-    def tell_unreplayed(self, what: str) -> None:
-        """Say that there was no such step, unless that, or how it went, was said."""
-        if not self._has_told:
-            self._has_told = True
-            which = f"that of batch {self._batch} of the run"
-            words = "NOT REPLAYED: %s before the step, which is %s"
-            get_root_logger().critical(words, what, which)
+    def tell_unreplayed(self, what: str) -> bool:
+        """Say that there was no such step, unless that, or how it went, was said.
+
+        Whether it was said now.
+        """
+        if self._has_told:
+            return False
+        self._has_told = True
+        which = f"that of batch {self._batch} of the run"
+        words = "NOT REPLAYED: %s before the step, which is %s"
+        get_root_logger().critical(words, what, which)
+        return True
 
 
 class Replay(NamedTuple):
@@ -103,7 +107,7 @@ def prepare_replay(trainer: Trainer, model: Model) -> None:
         return
     trainer.resume = replay.resume
     trainer.batch_size, trainer._parts = None, replay.parts
-    trainer.max_time_s = None
+    trainer.max_time_s = trainer.stop_grace_s = None
     trainer.chkpt_root = trainer.log_root = trainer.log_path = trainer.run_path = None
     trainer.enable_file_logging = trainer.enable_tensorboard = False
     trainer.log_with = trainer.hang_timeout_s = None
@@ -112,20 +116,22 @@ def prepare_replay(trainer: Trainer, model: Model) -> None:
 
 
 def tell_unreplayed(callbacks: Iterable[Callback], what: str = "it has ended") -> bool:
-    """Say of a replay that ends that there was no such step; whether it is a replay."""
+    """Say of a replay that has ended, if nothing was said of it, that it is none.
+
+    Whether there is one of which that was said.
+    """
     replays = [callback for callback in callbacks if isinstance(callback, _UpTo)]
-    for replay in replays:
-        replay.tell_unreplayed(what)
-    return bool(replays)
+    told = [replay.tell_unreplayed(what) for replay in replays]
+    return any(told)
 
 
-def refuse_end(callbacks: Iterable[Callback]) -> None:
-    """End a replay that was stopped; another run is left alone.
+def refuse_end(callbacks: Iterable[Callback], what: str) -> None:
+    """End a replay of which nothing was said yet; another run is left alone.
 
     Raises:
         Replayed: it is one.
     """
-    if tell_unreplayed(callbacks, "training was stopped"):
+    if tell_unreplayed(callbacks, what):
         raise Replayed(1)
 
 

@@ -105,7 +105,8 @@ class Session(session.Session):
         resume = "auto" if traced else resume
         if (replay := replayed(root.name, root.name)) is not None:
             callbacks, resume = [*callbacks, replay.callback], replay.resume
-            hang_timeout_s, enable_tensorboard, max_time_s = None, False, None
+            hang_timeout_s = max_time_s = stop_grace_s = None
+            enable_tensorboard = False
         check_writable(root)
         model = Held(root.name, objects, accelerator)
         engine = model._engine = engine_for(model._holdings(), accelerator)
@@ -115,13 +116,11 @@ class Session(session.Session):
         identity = {**self._loaders.identities(), **engine.identity()}
         identity["deterministic"] = torch.are_deterministic_algorithms_enabled()
         stateful = [c for c in callbacks if overridden([c], Callback.state_dict)]
+        parts = {f"callback_{i}": c for i, c in enumerate(stateful)}
         super().__init__(
             engine,
             model=model,
-            parts={
-                "data": self._loaders,
-                **{f"callback_{i}": c for i, c in enumerate(stateful)},
-            },
+            parts={"data": self._loaders, **parts},
             schedule=schedule,
             identity=identity,
             store=None if replay else CheckpointStore(root),

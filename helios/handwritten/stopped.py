@@ -29,7 +29,7 @@ class RunStopped(SystemExit):
 
 def stopped_run(session: Session) -> RunStopped:
     """Say that a run was stopped, and how far it has come."""
-    refuse_end(session.callbacks)
+    refuse_end(session.callbacks, "training was stopped")
     stopped = RunStopped(session.stop_reason)
     session.logger.info("%s after %s", stopped, _progress(session))
     return stopped

@@ -38,7 +38,7 @@ def fit(
             help.
     """
     health = Health(session, trainer.bad_numbers)
-    in_a_row, last = 0, -1
+    in_a_row, last, taken_up = 0, -1, session.base
     while True:
         run = Run(session, model, datamodule, was_resumed)
         run.train_step = health.around(model.train_step)
@@ -55,7 +55,7 @@ def fit(
                     f"{wish}. It is the {in_a_row}th step in a row: leaving out does "
                     "not help"
                 ) from None
-            path = _find(session, wish)
+            path = _find(session, wish, taken_up)
             _go_back(trainer, session, datamodule, path, wish)
             was_resumed = True
         else:
@@ -63,8 +63,11 @@ def fit(
             return is_finished
 
 
-def _find(session: Session, wish: RollBack) -> Path:
-    """The run's newest whole checkpoint from before the step; every rank must call."""
+def _find(session: Session, wish: RollBack, taken_up: Path | None) -> Path:
+    """The run's newest whole checkpoint from before the step; every rank must call.
+
+    One that was imported is none: what it lacks would stay as the bad step has left it.
+    """
     saver = session.saver
     found: Path | None = None
     if saver is not None:
@@ -72,13 +75,14 @@ def _find(session: Session, wish: RollBack) -> Path:
         saver.finish()
     if session.engine.is_main:
         known = {} if saver is None else {**saver.own()}
-        if session.base is not None:  # which may lie in another folder
+        if taken_up is not None:  # which may lie in another folder
             with contextlib.suppress(CheckpointError):
-                known.setdefault(session.base, read_record(session.base))
+                known.setdefault(taken_up, read_record(taken_up))
         before = [
             path
             for path, record in known.items()
             if record["progress"]["global_iteration"] <= wish.batch
+            and "imported" not in record
         ]
         found = next((path for path in before if not find_damage(path)), None)
     path: Path | None = session.engine.broadcast(found)

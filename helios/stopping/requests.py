@@ -69,8 +69,8 @@ class Stops:
         self._alarms = Alarms()
         self._alarms.arm("limit", max_time_s)
         self._is_main_rank = self._has_joined = False
-        self._heard_signal = self._has_left = self._has_failed = False
-        self._came_late = False
+        #: A signal was heard; the run has done as it asks; the run has failed.
+        self._heard_signal = self._has_answered = self._has_failed = False
         self._file: pathlib.Path | None = None
         self._hears = self._is_interruptible = self._was_interrupted = False
         self._ended = threading.Event()
@@ -125,8 +125,7 @@ class Stops:
         finally:
             if self._hears:
                 self._put_handlers_back()
-            self._came_late = self._heard_signal and not self._has_left
-            if self._came_late and not self._has_failed and self.reason is not None:
+            if self._is_unanswered() and self.reason is not None:
                 Stops._late = self.reason, self.wants_requeue
             self._ended.set()
             self._wake()
@@ -180,7 +179,7 @@ class Stops:
             raise Stopped
 
     def fail(self) -> None:
-        """Forget the signals: the run ends by a failure."""
+        """Have what has started this rank not be told of signals: it has failed."""
         self._has_failed = True
 
     def tell_late(self) -> None:
@@ -188,12 +187,15 @@ class Stops:
 
         It has got that, too, and cannot know how its ranks have ended.
         """
-        if self._came_late and not self._has_failed:
+        if self._is_unanswered() and not self._has_failed:
             mark_stopped()
+
+    def _is_unanswered(self) -> bool:
+        return self._heard_signal and not self._has_answered
 
     def leave(self, engine: Engine) -> None:
         """Do what a run does last that was stopped; every rank must call."""
-        self._has_left = True
+        self._has_answered = True
         keep_status()
         if engine.agree(self.wants_requeue) and engine.is_main:
             self.wants_requeue = False  # so that the grace limit does not, once more
@@ -208,7 +210,7 @@ class Stops:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Hear a signal, in the main thread."""
         if self._heard_here.is_second(number):
-            self.fail()
+            self._has_answered = True
             raise KeyboardInterrupt
         if number == signal.SIGUSR2:  # here alone: each asks for one
             self.request_save()

@@ -318,7 +318,7 @@ def test_replay_of_a_second_fit_leaves_the_first_one_to_train_as_always(tmp_path
 
 
 WENT_BACK = """
-import math, os, sys
+import math, os, sys, time
 import helios
 from support import IdModel, IndexData
 
@@ -332,21 +332,24 @@ class Model(IdModel):
         self.optimizer.zero_grad()
         if at == 4 and "STOP" in os.environ:
             self.trainer._session.request_stop("the test")
+            time.sleep(1)  # longer than it is given
         was, self.last = self.last, at
         if at == 6 and was == 4:  # behind a batch that is left out
             print("the weight:", self.net.weight.item().hex(), flush=True)
             raise ValueError("on purpose")
 
-helios.Trainer(
+trainer = helios.Trainer(
     use_cpu=True, train_unit="iteration", total_steps=int(sys.argv[2]),
     chkpt_frequency=4, chkpt_root="runs", log_root="runs", bad_numbers="rollback",
-    print_banner=False,
-).fit(Model(), IndexData(20))
+    print_banner=False, stop_grace_s=0.5,
+)
+model, data = Model(), IndexData(20)
+trainer.fit(model, data)
 """
 
 
-def went_back(folder):
-    (folder / "script.py").write_text(WENT_BACK)
+def went_back(folder, script=WENT_BACK):
+    (folder / "script.py").write_text(script)
     first = run([sys.executable, "script.py", 5, 8], folder)
     (bundle,) = folder.glob("runs/run_crash*")
     return first, bundle
@@ -361,6 +364,22 @@ def test_replay_leaves_out_what_the_run_has_left_out_since_its_checkpoint(tmp_pa
     assert again.returncode == 1
     assert weight in again.stdout, again.stderr
     assert "REPLAYED: the step has failed again, to the bit" in again.stderr
+
+
+def test_replay_of_a_failure_that_the_program_survives_goes_on_like_it(tmp_path):
+    fails = "trainer.fit(model, data)\n"
+    survives = f"""
+try:
+    {fails}
+except ValueError:
+    sys.exit(3 if trainer.test(model, data) else 4)
+"""
+    first, bundle = went_back(tmp_path, WENT_BACK.replace(fails, survives))
+    assert first.returncode == 3, first.stderr
+    again = run([*REPLAY, bundle], tmp_path)
+    assert again.returncode == 3, again.stderr
+    assert again.stderr.count("REPLAYED: the step has failed again, to the bit") == 1
+    assert "rank 0 failed before" not in again.stderr
 
 
 @pytest.mark.parametrize(

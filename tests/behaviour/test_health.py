@@ -27,6 +27,7 @@ import helios
 from helios.checkpoint import CheckpointStore, read_checkpoint
 from helios.errors import BadNumbersError
 from helios.health.watch import _WARN_EVERY, Health
+from helios.interchange import take_over
 from helios.loggers.tensorboard import get_tensorboard_writer
 
 IN_STEPS = {"train_unit": "iteration", "total_steps": 8}
@@ -366,10 +367,36 @@ def test_way_back_leads_to_what_was_taken_up_from_another_folder(
     assert [batch for [batch] in model.batches[:8]] == [4, 5, 6, 7, 8, 9, 4, 5]
 
 
-def go_back(root, bad, **options):
+@pytest.mark.parametrize("is_elsewhere", [True, False])
+def test_what_was_imported_is_no_way_back(tmp_path, is_elsewhere):
+    torch.save({"net": nn.Linear(1, 1).state_dict()}, tmp_path / "old.pth")
+    found = take_over(tmp_path / "old.pth", {}, {})
+    imported = found.write(tmp_path / "imported", "ids")
+    resume = {"resume": imported} if is_elsewhere else {}
+    root = tmp_path / ("new" if is_elsewhere else "imported")
+    with pytest.raises(BadNumbersError, match="no checkpoint from before that"):
+        go_back(root, 5, **resume)
+
+
+def test_way_back_leads_past_what_is_damaged_to_what_was_taken_up(
+    tmp_path, others, capsys
+):
+    class Damage(helios.Callback):
+        def on_training_batch_end(self, session):
+            if session.state.global_iteration == 9:
+                (saved,) = CheckpointStore(tmp_path / "new" / "ids").list()
+                for file in saved.rglob("*.safetensors"):
+                    file.write_bytes(b"")
+
+    options = {"resume": others[-2], "chkpt_frequency": 4, "async_save": False}
+    go_back(tmp_path / "new", 9, Damage(), **options)
+    assert f"goes back to {others[-2].name}," in capsys.readouterr().err
+
+
+def go_back(root, bad, *callbacks, **options):
     model = Spoiled(bad)
     options |= {**IN_STEPS, "accumulation_steps": 2, "bad_numbers": "rollback"}
-    train(model, IndexData(20), root, **options)
+    train(model, IndexData(20), root, *callbacks, **options)
     return model
 
 

@@ -365,16 +365,18 @@ def test_replay_runs_the_step_again_and_writes_nothing(tmp_path, batch):
 @pytest.mark.parametrize(
     ("does", "said", "code"),
     [
-        ("session.request_stop('the test')", "training was stopped", 1),
+        # No limit of time ends what saves nothing.
+        ("session.request_stop('the test'); time.sleep(1)", "training was stopped", 1),
         # Who leaves his loop says himself how the program ends.
         ("sys.exit(0)", "it has ended", 0),
     ],
 )
 def test_replay_that_does_not_come_to_the_step_says_so(tmp_path, does, said, code):
-    run(cwd=tmp_path, **FAILS)
+    options = "{'stop_grace_s': 0.5}"
+    run(cwd=tmp_path, **FAILS, OPTIONS=options)
     (bundle,) = tmp_path.glob("runs/first_crash_*")
     replay = ("-c", "from helios.cli import main; main()", "replay", bundle)
-    again = run(*replay, cwd=tmp_path, AT="3", DO=does)
+    again = run(*replay, cwd=tmp_path, AT="3", DO=does, OPTIONS=options)
     assert again.returncode == code, again.stderr
     assert again.stderr.count(f"NOT REPLAYED: {said} before the step") == 1
 
@@ -420,6 +422,43 @@ def test_starter_is_told_of_a_late_signal_unless_the_loop_has_failed(
     done = run("late.py", ends, reference, cwd=tmp_path, **variables)
     assert done.returncode == code, done.stderr
     assert (tmp_path / STOPPED).exists() == (ends == "breaks")
+
+
+SURVIVES = """
+import os, signal, sys
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader, TensorDataset
+import helios
+
+def train(path, fails, is_kept):
+    accelerator = Accelerator(cpu=True)
+    net = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    loader = DataLoader(TensorDataset(torch.ones(8)), batch_size=2)
+    session = helios.Session(accelerator, path, loader, net=net, optimizer=optimizer)
+    with session:
+        kept = session.epochs(2) if is_kept else None
+        for _epoch in kept or session.epochs(2):
+            for _ in session.batches():
+                if fails:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    raise ValueError("on purpose")
+
+try:
+    train("first", True, sys.argv[1] == "kept")
+except ValueError:
+    print("it has failed", flush=True)
+train("second", False, False)
+"""
+
+
+@pytest.mark.parametrize("reference", ["kept", "dropped"])
+def test_signal_for_a_loop_that_fails_stops_the_next_one(tmp_path, reference):
+    (tmp_path / "survives.py").write_text(SURVIVES)
+    done = run("survives.py", reference, cwd=tmp_path)
+    assert "it has failed" in done.stdout
+    assert done.returncode == EXIT_STOPPED, done.stderr
 
 
 def test_exception_inside_with_is_told_once(tmp_path, capsys):

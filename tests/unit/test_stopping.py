@@ -5,13 +5,14 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from support import IdModel, IndexData, train
 
 import helios
-from helios.stopping.clocks import Alarms, Interrupts
+from helios.stopping.clocks import _SAME_S, Alarms, Interrupts
 from helios.stopping.ranks import STARTER, STARTER_FOLDER, STOPPED
 from helios.stopping.requests import Stops
 from helios.stopping.slurm import requeue
@@ -125,7 +126,7 @@ def test_status_of_a_stop_is_one_that_nobody_takes_for_a_failure(
 
 
 def test_signal_behind_the_end_of_a_run_stops_the_next_one(monkeypatch):
-    first, second, third = Stops(), Stops(), Stops()
+    first, second, third, fourth = Stops(), Stops(), Stops(), Stops()
     put_back = first._put_handlers_back
 
     def ask_and_put_back():
@@ -137,9 +138,19 @@ def test_signal_behind_the_end_of_a_run_stops_the_next_one(monkeypatch):
         pass
     with second.listening():
         assert second.reason == "received SIGTERM"
-        second.fail()
-    with third.listening():
-        assert third.reason is None
+        second.fail()  # which is no answer to it
+
+    def interrupt_twice():
+        with third.listening():
+            assert third.reason == "received SIGTERM"
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1.5 * _SAME_S)
+
+    with pytest.raises(KeyboardInterrupt):  # which is one
+        interrupt_twice()
+    with fourth.listening():
+        assert fourth.reason is None
 
 
 @pytest.fixture
