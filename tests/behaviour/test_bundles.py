@@ -73,7 +73,8 @@ def test_failed_step_leaves_a_bundle(tmp_path, capsys, monkeypatch):
     assert environment["folder"] == os.getcwd()
     assert environment["variables"]["OMP_NUM_THREADS"] == "1"
     assert "A_SECRET" not in (folder / "bundle.json").read_text()
-    assert found["identity"]["versions"]["torch"] == torch.__version__
+    # Without what a build for a GPU adds to it, which the package's metadata have not.
+    assert torch.__version__.startswith(found["identity"]["versions"]["torch"])
     assert found["checkpoint"] == "checkpoint/random_epoch_1_iter_5"
 
 
