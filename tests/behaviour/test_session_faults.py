@@ -381,20 +381,23 @@ def test_replay_that_does_not_come_to_the_step_says_so(tmp_path, does, said, cod
     assert again.stderr.count(f"NOT REPLAYED: {said} before the step") == 1
 
 
-LATE = """
+MAKE = """
 import os, signal, sys, time
 import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 import helios
 
+def make(path):
+    accelerator = Accelerator(cpu=True)
+    net = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    loader = DataLoader(TensorDataset(torch.ones(4)), batch_size=2)
+    return helios.Session(accelerator, path, loader, net=net, optimizer=optimizer)
+"""
+LATE = f"""{MAKE}
 ends, is_kept = sys.argv[1], sys.argv[2] == "kept"
-accelerator = Accelerator(cpu=True)
-net = torch.nn.Linear(1, 1)
-optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-loader = DataLoader(TensorDataset(torch.ones(4)), batch_size=2)
-session = helios.Session(accelerator, "runs", loader, net=net, optimizer=optimizer)
-with session:
+with make("runs") as session:
     kept = session.epochs(2) if is_kept else None
     for _epoch in kept or session.epochs(2):
         for _ in session.batches():
@@ -424,20 +427,9 @@ def test_starter_is_told_of_a_late_signal_unless_the_loop_has_failed(
     assert (tmp_path / STOPPED).exists() == (ends == "breaks")
 
 
-SURVIVES = """
-import os, signal, sys
-import torch
-from accelerate import Accelerator
-from torch.utils.data import DataLoader, TensorDataset
-import helios
-
+SURVIVES = f"""{MAKE}
 def train(path, fails, is_kept):
-    accelerator = Accelerator(cpu=True)
-    net = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
-    loader = DataLoader(TensorDataset(torch.ones(8)), batch_size=2)
-    session = helios.Session(accelerator, path, loader, net=net, optimizer=optimizer)
-    with session:
+    with make(path) as session:
         kept = session.epochs(2) if is_kept else None
         for _epoch in kept or session.epochs(2):
             for _ in session.batches():
